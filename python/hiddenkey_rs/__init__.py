@@ -1,0 +1,78 @@
+"""Transformer-specific dropout for LoRA fine-tuning: DropKey, DropAttention, HiddenCut and HiddenKey.
+
+Implements "LoRA Meets Dropout under a Unified Framework" (arXiv 2403.00812). Names load at first use, so
+that ``import hiddenkey_rs`` and the mask functions cost a NumPy user nothing more than NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import losses, masks, ops
+    from .attachment import Handle, attach
+    from .config import (
+        PRESETS,
+        AttentionDrop,
+        Consistency,
+        ElementDrop,
+        HiddenDrop,
+        HiddenKeyConfig,
+    )
+    from .errors import ConfigError, DataError, HiddenKeyError, StateError, UnsupportedModelError
+    from .masks import BitMask, MaskKey
+    from .train import HiddenKeyTrainer, HiddenKeyTrainerMixin
+
+_MODULE_OF = {
+    **dict.fromkeys(["attach", "Handle"], "attachment"),
+    **dict.fromkeys(
+        ["PRESETS", "AttentionDrop", "Consistency", "ElementDrop", "HiddenDrop", "HiddenKeyConfig"], "config"
+    ),
+    **dict.fromkeys(["ConfigError", "DataError", "HiddenKeyError", "StateError", "UnsupportedModelError"], "errors"),
+    **dict.fromkeys(["BitMask", "MaskKey"], "masks"),
+    **dict.fromkeys(["HiddenKeyTrainer", "HiddenKeyTrainerMixin"], "train"),
+}
+_SUBMODULES = ("losses", "masks", "ops")
+
+__all__ = [
+    "PRESETS",
+    "AttentionDrop",
+    "BitMask",
+    "ConfigError",
+    "Consistency",
+    "DataError",
+    "ElementDrop",
+    "Handle",
+    "HiddenDrop",
+    "HiddenKeyConfig",
+    "HiddenKeyError",
+    "HiddenKeyTrainer",
+    "HiddenKeyTrainerMixin",
+    "MaskKey",
+    "StateError",
+    "UnsupportedModelError",
+    "__version__",
+    "attach",
+    "losses",
+    "masks",
+    "ops",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hiddenkey_rs")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,161 @@
+"""Forward hooks: around each stack (a pass opens and closes), and at the FFN, input and output sites."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .. import ops
+from ..errors import DataError, StateError
+from .interface import DEPTH_KEYWORD, PASS_KEYWORD
+from .passes import StackPass, guided_keep, hidden_keep, pooled_keep
+from .sites import Site, SiteDrop, Stack
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+# All hooks are closures: a closure survives deepcopy of a hooked module by reference, a bound method would copy us.
+
+
+def install(handle: Handle, stacks: list[Stack], output: Site | None) -> list[RemovableHandle]:
+    """Register every hook that the plan needs; returns their removal handles."""
+    removers: list[RemovableHandle] = []
+    for stack in stacks:
+        removers += _install_stack(handle, stack)
+        for site in stack.sites:
+            if site.kind == "ffn" and site.drops:
+                removers.append(site.module.register_forward_hook(_ffn_hook(site)))
+            if site.kind == "input" and site.drops:
+                removers.append(site.module.register_forward_hook(_input_hook(handle, site)))
+    if output is not None:
+        removers.append(output.module.register_forward_pre_hook(_output_hook(handle, output), with_kwargs=True))
+    return removers
+
+
+def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
+    signature = inspect.signature(stack.module.forward)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        inputs = signature.bind_partial(*args, **kwargs).arguments
+        inputs |= inputs.pop("kwargs", {})
+        step = handle._open(stack, inputs)
+        if step is None:
+            return args, kwargs
+        if inputs.get("inputs_embeds") is not None:
+            args, kwargs = _drop_inputs(stack, step, signature, args, kwargs)
+        return args, {**kwargs, PASS_KEYWORD: step}
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        handle._close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
+
+    removers = [
+        stack.module.register_forward_pre_hook(before, with_kwargs=True),
+        stack.module.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
+    return removers + [
+        group.register_forward_pre_hook(_depth_hook(handle, stack), with_kwargs=True) for group in stack.groups
+    ]
+
+
+def _depth_hook(handle: Handle, stack: Stack) -> Callable[..., Any]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        step: StackPass | None = kwargs.get(PASS_KEYWORD)
+        if step is None or DEPTH_KEYWORD in kwargs:
+            return args, kwargs
+        if not step.running:
+            raise StateError(
+                f"a shared layer was run again outside its forward pass (got {type(module).__name__}), so its depth is "
+                "unknown; checkpoint the layers inside the group, not the group"
+            )
+        call, step.group_calls = step.group_calls, step.group_calls + 1
+        return args, {**kwargs, DEPTH_KEYWORD: call}
+
+    return before
+
+
+def _ffn_hook(site: Site) -> Callable[..., Any]:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        step, depth = site.layer.current, site.layer.depth
+        if step is None or not module.training or depth not in site.drops:
+            return None
+        if isinstance(output, tuple):  # GPT-OSS returns (hidden states, router scores)
+            return (_cut(step, site, depth, output[0]), *output[1:])
+        return _cut(step, site, depth, output)
+
+    return after
+
+
+def _cut(step: StackPass, site: Site, depth: int, hidden: Tensor) -> Tensor:
+    drop = site.drops[depth]
+    shape = (*step.tokens.document.shape, hidden.shape[-1])
+    if drop.start == "attention":
+        keep = guided_keep(step, site, drop, depth)
+    else:
+        keep = hidden_keep(step, site, drop, depth, hidden.shape[-1])
+    _count(step, site, depth, keep)
+    # OPT flattens batch and length before its FFN.
+    return ops.drop_hidden(hidden.reshape(shape), keep, drop.scale).reshape(hidden.shape)
+
+
+def _count(step: StackPass, site: Site, depth: int, keep: Tensor) -> None:
+    if not step.running:
+        return
+    step.reached.add(site)
+    site.calls += 1
+    real = step.tokens.real[..., None]
+    total = real.count_nonzero() * keep.shape[-1]
+    site.count(depth, total - (keep & real).count_nonzero(), total)
+
+
+def _input_hook(handle: Handle, site: Site) -> Callable[..., Any]:
+    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        step = handle._running(site.stack)
+        return None if step is None else _cut(step, site, 0, output)
+
+    return after
+
+
+def _drop_inputs(
+    stack: Stack, step: StackPass, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The input position for callers that pass embeddings instead of ids: the embedding module never runs then."""
+    site = next(site for site in stack.sites if site.kind == "input")
+    if not site.drops:
+        return args, kwargs
+    bound = signature.bind_partial(*args, **kwargs)
+    bound.arguments["inputs_embeds"] = _cut(step, site, 0, bound.arguments["inputs_embeds"])
+    return bound.args, bound.kwargs
+
+
+def _output_hook(handle: Handle, site: Site) -> Callable[..., Any]:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        hidden = args[0]
+        step = handle._last_pass
+        if step is not None and module.training and 0 in site.drops:
+            hidden = _drop_output(step, site, site.drops[0], hidden)
+        handle._see_features(hidden)
+        return (hidden, *args[1:]), kwargs
+
+    return before
+
+
+def _drop_output(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tensor:
+    if hidden.dim() == 3:
+        if hidden.shape[:2] != step.tokens.document.shape:
+            raise DataError(
+                f"the head receives other tokens than the batch holds (got {tuple(hidden.shape[:2])} for "
+                f"{tuple(step.tokens.document.shape)}); the output position needs every token's hidden state"
+            )
+        return _cut(step, site, 0, hidden)
+    keep = pooled_keep(step, site, drop, hidden.shape[-1])
+    site.calls += 1
+    total = torch.tensor(keep.numel(), device=keep.device)
+    site.count(0, total - keep.count_nonzero(), total)
+    return ops.drop_hidden(hidden[:, None], keep[:, None], drop.scale)[:, 0]

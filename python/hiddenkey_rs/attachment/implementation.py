@@ -1,0 +1,49 @@
+"""Which attention function a model uses, and its way back to the one it had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .interface import IMPLEMENTATIONS, NAME, register
+
+
+class Implementation:
+    """The attention implementation of one attached (sub)model's config.
+
+    While attached the config says ``hiddenkey``, so that checkpoint replays during backward find it; for the length
+    of an inactive forward pass (evaluation, generation) it says what it said before.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.original: str = config._attn_implementation
+        self.active = False
+
+    def attach(self) -> None:
+        """Point the config at our functions."""
+        IMPLEMENTATIONS[id(self.config)] = self
+        self.config._attn_implementation = NAME
+
+    def begin(self, active: bool) -> None:
+        """A forward pass begins: ours if ``active``, the stock model's otherwise."""
+        self.active = active
+        self.config._attn_implementation = NAME if active else self.original
+
+    def end(self) -> None:
+        """The forward pass is over."""
+        self.active = False
+        self.config._attn_implementation = NAME
+
+    def detach(self) -> None:
+        """Give the config its own implementation back."""
+        IMPLEMENTATIONS.pop(id(self.config), None)
+        self.config._attn_implementation = self.original
+
+
+def implementations(model: nn.Module) -> list[Implementation]:
+    """One :class:`Implementation` for every distinct config of the model and its submodels."""
+    register()
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    return [Implementation(config) for config in configs.values()]

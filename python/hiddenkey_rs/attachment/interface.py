@@ -1,0 +1,159 @@
+"""The attention function and the mask function that transformers calls while a model is attached.
+
+Both are registered once under the name ``hiddenkey``; which model, which layer and which pass they serve comes with
+the call. Outside an active training pass they are the functions that the model had before.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .. import ops
+from ..errors import StateError
+from .passes import StackPass, attention_keep
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .implementation import Implementation
+
+NAME = "hiddenkey"
+PASS_KEYWORD = "hiddenkey"
+DEPTH_KEYWORD = "hiddenkey_depth"
+
+# Keyed by module so that neither state dicts, deep copies nor pickles of a model ever see our objects.
+ATTENTION_SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+IMPLEMENTATIONS: dict[int, Implementation] = {}
+"""``id(config)`` of an attached (sub)model -> what it computed attention with before."""
+
+
+def register() -> None:
+    """Make the name ``hiddenkey`` known to transformers (again: harmless)."""
+    AttentionInterface.register(NAME, hiddenkey_attention)
+    AttentionMaskInterface.register(NAME, hiddenkey_mask)
+
+
+def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
+    """Mask function: a full boolean mask while a pass is active, else what the model made before."""
+    implementation = IMPLEMENTATIONS.get(id(kwargs.get("config")))
+    if implementation is not None and not implementation.active:
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
+    # A skipped mask (None) would leave causality to a flag that boolean keep masks cannot be combined with.
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **kwargs)
+
+
+def hiddenkey_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer. query (B, H, Q, D); key, value (B, Hkv, K, D) -> (B, Q, H, D) and no weights."""
+    step: StackPass | None = kwargs.pop(PASS_KEYWORD, None)
+    call = kwargs.pop(DEPTH_KEYWORD, None)
+    site = ATTENTION_SITES.get(module)
+    if step is None or site is None:
+        extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        given = {name: value for name, value in extra.items() if value is not None}
+        stock = _stock_attention(module)
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given, **kwargs)
+    layer = site.layer
+    layer.current = step
+    layer.depth = layer.index if call is None else call * site.stack.inner + layer.index  # type: ignore[union-attr]
+    allowed, bias = _allowed_and_bias(attention_mask, position_bias)
+    kept = _kept(step, site, query, key, allowed)
+    drop = site.drops.get(layer.depth)
+    output = ops.attention(
+        query,
+        key,
+        value,
+        allowed=allowed,
+        kept=kept,
+        position=drop.position if drop is not None else "dropkey",
+        scaling=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+        impl=step.impl,
+    )
+    _note_received(site, query, key, allowed, kept, scaling=scaling, bias=bias, softcap=softcap, sinks=s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _kept(step: StackPass, site: Site, query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor | None:
+    """The pairs that this call may use, after the rescue; ``None`` = all of them. Counts them while running."""
+    depth = site.layer.depth
+    if step.running:
+        step.reached.add(site)
+        site.calls += 1
+    drop = site.drops.get(depth)
+    if drop is None:
+        return allowed
+    heads, groups = query.shape[1], key.shape[1]
+    queries, keys = query.shape[2], key.shape[2]
+    keep = attention_keep(step, site, drop, depth, groups if drop.heads == "group" else heads, queries, keys)
+    if keep.shape[1] != heads:
+        keep = keep.repeat_interleave(heads // keep.shape[1], dim=1)
+    rescue = "all" if site.kind == "cross-attention" else "own"
+    kept = ops.kept_set(allowed, keep, rescue=rescue, queries=queries, keys=keys)
+    if step.running:
+        shape = (query.shape[0], heads, queries, keys)
+        total = _pairs(allowed, shape) if allowed is not None else torch.tensor(math.prod(shape), device=query.device)
+        site.count(depth, total - _pairs(kept, shape), total)
+    return kept
+
+
+def _pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """How many pairs of the full ``shape`` a broadcastable mask marks (0-dim int64; nothing waits for a device)."""
+    repeats = 1
+    for have, want in zip(mask.shape, shape, strict=True):
+        repeats *= want // have if have else 1
+    return mask.count_nonzero() * repeats
+
+
+def _allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Split a mask into the boolean set of allowed pairs and the finite numbers to add to their logits."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return attention_mask, bias
+    # A user's own 4-D additive mask: "very negative" means forbidden, anything else is a bias.
+    allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    numbers = attention_mask.masked_fill(~allowed, 0.0)
+    return allowed, numbers if bias is None else bias + numbers
+
+
+def _note_received(site: Site, query: Tensor, key: Tensor, allowed: Tensor | None, kept: Tensor | None, **how: Any) -> None:
+    """Leave the attention that each key received where an attention-guided HiddenCut span will look for it."""
+    if site.kind != "attention" or not site.layer.guided:
+        return
+    with torch.no_grad():
+        weights = ops.attention_weights(query, key, allowed=allowed, kept=kept, **how)
+        site.layer.received = weights.sum(dim=(1, 2), dtype=torch.float32)
+
+
+def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    implementation = IMPLEMENTATIONS.get(id(getattr(module, "config", None)))
+    if implementation is None:
+        raise StateError(
+            f"the attention implementation {NAME!r} was called by a model that nothing is attached to (got "
+            f"{type(module).__name__}); call hiddenkey_rs.attach(model, config), or set another attn_implementation"
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation.original, eager)

@@ -1,0 +1,88 @@
+"""What an attached model drops where: the report that :meth:`Handle.report` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+_COLUMNS = ("site", "layer", "module", "drops", "rate", "realised", "measured", "calls")
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One site in one layer. ``realised`` is t / 65536 of the rate; ``measured`` what was dropped so far."""
+
+    site: str
+    layer: int
+    module: str
+    drops: str
+    rate: float
+    realised: float
+    measured: float | None
+    calls: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The sites of an attached model; ``str()`` is a table."""
+
+    model: str
+    family: str
+    layers: int
+    stock_dropout: str
+    rows: tuple[ReportRow, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = f"{self.model} ({self.family}): {len(self.rows)} site(s) in {self.layers} layer(s) drop"
+        lines = [f"{head}; the model's own dropout: {self.stock_dropout}"]
+        cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join(lines)
+
+
+def build(handle: Handle) -> Report:
+    """The report of a handle."""
+    rows = [_row(site, depth) for site in handle.sites for depth in sorted(site.drops)]
+    # A shared module (ALBERT) stands for many depths; each depth is one row, under the module that owns the plan.
+    unique = {(row.site, row.layer): row for row in rows}
+    stock = "off" if handle.stock.off else f"kept in {handle.stock.live} place(s)"
+    base = handle.base
+    depths = sum(stack.depths for stack in handle.stacks)
+    return Report(type(base).__name__, base.config.model_type, depths, stock, tuple(unique.values()))
+
+
+def realised(sites: Iterable[Site]) -> dict[str, float]:
+    """Dropped / allowed by site name, over all layers and calls counted so far."""
+    totals: dict[str, list[int]] = {}
+    for site in sites:
+        for dropped, allowed in site.counts.values():
+            total = totals.setdefault(site.site, [0, 0])
+            total[0] += int(dropped)
+            total[1] += int(allowed)
+    return {name: dropped / allowed for name, (dropped, allowed) in totals.items() if allowed}
+
+
+def _row(site: Site, depth: int) -> ReportRow:
+    drop = site.drops[depth]
+    counts = site.counts.get(depth)
+    measured = None
+    if counts is not None and int(counts[1]):
+        measured = int(counts[0]) / int(counts[1])
+    kind = drop.pattern if drop.position in ("input", "output") else f"{drop.position} {drop.pattern}"
+    return ReportRow(site.site, depth, site.name, kind, drop.rate, drop.realised, measured, site.calls)
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    measured = "-" if row.measured is None else f"{row.measured:.4f}"
+    return (row.site, str(row.layer), row.module, row.drops, f"{row.rate:g}", f"{row.realised:.6f}", measured, str(row.calls))

@@ -1,0 +1,53 @@
+"""The model's own dropout: finding it, switching it off, and giving it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..errors import ConfigError
+
+STOCK_DROPOUT = ("keep", "off")
+
+
+def live_dropouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
+    """Every dropout rate above 0 that the model applies in training: (module name, module, attribute, rate).
+
+    Besides ``nn.Dropout`` these are the plain numbers that attention and decoder layers hand to functional dropout.
+    peft's ``lora_dropout`` is the adapter's and not the model's: it is left out.
+    """
+    for name, module in model.named_modules():
+        if "lora_dropout" in name.split("."):
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0:
+                yield name, module, "p", module.p
+            continue
+        for attribute, value in vars(module).items():
+            if "drop" in attribute and isinstance(value, float) and value > 0:
+                yield name, module, attribute, value
+
+
+class StockDropout:
+    """Switches the model's own dropout off (``mode="off"``) and back on at :meth:`restore`."""
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        if mode not in STOCK_DROPOUT:
+            raise ConfigError(f"unknown stock_dropout (got {mode!r}); use one of {', '.join(STOCK_DROPOUT)}")
+        self.found = list(live_dropouts(model))
+        self.off = mode == "off"
+        if self.off:
+            for _, module, attribute, _ in self.found:
+                setattr(module, attribute, 0.0)
+
+    @property
+    def live(self) -> int:
+        """How many of the model's own dropouts act in training."""
+        return 0 if self.off else len(self.found)
+
+    def restore(self) -> None:
+        """Give every dropout the rate that it had."""
+        if self.off:
+            for _, module, attribute, value in self.found:
+                setattr(module, attribute, value)

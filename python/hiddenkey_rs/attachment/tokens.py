@@ -1,0 +1,127 @@
+"""Which example, and which position in it, every token of a padded or packed batch belongs to.
+
+Masks are drawn in the examples' own coordinates (positions count from the first real token) and then laid over
+the batch, so that padding side, padding width, batch composition and packing cannot change them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The documents of a batch and the place of every token.
+
+    ``samples``, ``branches``, ``lengths``: (documents,) int64, one entry a document, ordered by branch.
+    ``document``, ``position``: (batch, length) int64, zero at padding. ``real``: (batch, length) bool.
+    ``aligned``: row b holds document b alone and its position j stands in column j (right padding).
+    """
+
+    samples: np.ndarray
+    branches: np.ndarray
+    lengths: np.ndarray
+    document: Tensor
+    position: Tensor
+    real: Tensor
+    aligned: bool
+
+    @property
+    def columns(self) -> int:
+        """The number of positions a mask must cover: the longest document's."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def packed(self) -> bool:
+        """Whether some row may hold several documents."""
+        return len(self.samples) != self.document.shape[0]
+
+
+def from_rows(samples: np.ndarray, real: Tensor, branches: tuple[int, ...]) -> Tokens:
+    """One document a row. ``samples`` (B,), ``real`` (B * len(branches), L): the rows repeat once a branch."""
+    rows = real.shape[0]
+    if rows != len(samples) * len(branches):
+        raise DataError(
+            f"the batch has another number of rows than there are sample ids (got {rows} rows, {len(samples)} sample "
+            f"ids, {len(branches)} branch(es)); give handle.step one sample id for every row"
+        )
+    position = (torch.cumsum(real, dim=1) - 1).clamp_(min=0).masked_fill_(~real, 0)
+    lengths = real.sum(dim=1).cpu().numpy()
+    columns = torch.arange(real.shape[1], device=real.device)
+    aligned = bool((real == (columns < real.sum(dim=1, keepdim=True))).all())
+    return Tokens(
+        samples=np.tile(samples, len(branches)),
+        branches=np.repeat(np.asarray(branches, dtype=np.int64), len(samples)),
+        lengths=lengths.astype(np.int64),
+        document=torch.arange(rows, device=real.device)[:, None].expand_as(real),
+        position=position,
+        real=real,
+        aligned=aligned,
+    )
+
+
+def from_packed(
+    samples: np.ndarray, positions: np.ndarray | None, branches: tuple[int, ...], device: torch.device
+) -> Tokens:
+    """Several documents a row. ``samples`` (B, L) with -1 for padding; ``positions`` (B, L) or ``None``.
+
+    Without positions a document is a run of equal ids in a row and its positions count from the run's start; a
+    document that was split keeps its place only if the caller says so through ``positions``.
+    """
+    real = samples >= 0
+    starts = real.copy()
+    starts[:, 1:] &= samples[:, 1:] != samples[:, :-1]
+    if positions is not None:
+        # A new document of the same id begins where the positions do not go on counting.
+        starts[:, 1:] |= real[:, 1:] & (positions[:, 1:] != positions[:, :-1] + 1)
+    document = np.where(real, np.cumsum(starts.ravel()).reshape(starts.shape) - 1, 0)
+    offsets = np.where(real, _run_positions(starts), 0) if positions is None else np.where(real, positions, 0)
+    identifiers = samples[starts]
+    lengths = np.zeros(len(identifiers), dtype=np.int64)
+    np.maximum.at(lengths, document[real], offsets[real] + 1)
+    copies = len(branches)
+    shift = np.repeat(np.arange(copies) * len(identifiers), len(samples))[:, None]
+    return Tokens(
+        samples=np.tile(identifiers, copies),
+        branches=np.repeat(np.asarray(branches, dtype=np.int64), len(identifiers)),
+        lengths=np.tile(lengths, copies),
+        document=torch.from_numpy(np.tile(document, (copies, 1)) + shift).to(device),
+        position=torch.from_numpy(np.tile(offsets, (copies, 1))).to(device),
+        real=torch.from_numpy(np.tile(real, (copies, 1))).to(device),
+        aligned=False,
+    )
+
+
+def _run_positions(starts: np.ndarray) -> np.ndarray:
+    columns = np.broadcast_to(np.arange(starts.shape[1]), starts.shape)
+    return columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+
+
+def check_sample_ids(sample_ids: object, name: str = "sample ids") -> np.ndarray:
+    """``sample_ids`` as int64, (B,) or (B, L); a :class:`DataError` for anything that is no table of integers."""
+    if sample_ids is None:
+        raise DataError(
+            f"{name} are missing (got None); pass the examples' ids in the data set, one for every row of the batch"
+        )
+    array = sample_ids.detach().cpu().numpy() if isinstance(sample_ids, Tensor) else np.asarray(sample_ids)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise DataError(
+            f"{name} must be integers of shape (batch,) or (batch, length) (got {array.dtype} of shape "
+            f"{array.shape}); pass the row numbers of the examples in the data set"
+        )
+    lowest = 0 if array.ndim == 1 else -1
+    if array.size and (array.min() < lowest or array.max() >= 1 << 40):
+        value = int(array.min() if array.min() < lowest else array.max())
+        raise DataError(
+            f"{name} must lie in [0, 2**40), with -1 for padding in packed rows only (got {value}); "
+            "number the examples from 0"
+        )
+    return array.astype(np.int64)

@@ -1,0 +1,181 @@
+"""The loss of a step: the gradient pass, the second pass that the consistency term compares it with, and their sum.
+
+Paper, equations 11 (``kl``) and 12 (``js``). The gradient runs through one branch by default; the other branch is
+forward only. ``gradient="both"`` (R-Drop) is one pass over a doubled batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..config import Consistency
+from ..errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """``loss`` = ``task`` + weight * ``consistency`` (0-dim tensors; only ``loss`` is meant for backward)."""
+
+    loss: Tensor
+    task: Tensor
+    consistency: Tensor | None
+    outputs: Any
+
+
+def compute(handle: Handle, model: nn.Module, batch: dict[str, Any], num_items: Any) -> LossOutput:
+    """Both terms of a batch; see :meth:`Handle.compute`."""
+    if batch.get("labels") is None:
+        raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
+    part = handle.config.consistency
+    if part is None or part.weight == 0:
+        outputs, _ = _run(handle, model, batch)
+        return _total(handle, part, batch, outputs, None, num_items)
+    if part.gradient == "both" and part.kind != "js":
+        return _doubled(handle, model, part, batch, num_items)
+    # The pass without gradient runs first: nothing but its rows is alive while the gradient pass stores activations.
+    second = _second_pass(handle, model, part, batch)
+    outputs, features = _run(handle, model, batch)
+    first = _rows(handle, part, batch, outputs, features)
+    per_row = losses.consistency(part.kind, first, second, gradient="one")
+    return _total(handle, part, batch, outputs, per_row, num_items)
+
+
+def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        if part.kind == "js":
+            with _evaluating(model):
+                outputs, features = _run(handle, model, batch)
+        else:
+            with handle._branches((1,), force=True):
+                outputs, features = _run(handle, model, batch)
+        return _rows(handle, part, batch, outputs, features)
+
+
+def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any], num_items: Any) -> LossOutput:
+    doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
+    with handle._branches((0, 1)):
+        outputs, features = _run(handle, model, doubled)
+    first, second = _rows(handle, part, doubled, outputs, features).chunk(2)
+    per_row = losses.consistency(part.kind, first, second, gradient="both")
+    return _total(handle, part, batch, outputs, per_row, num_items)
+
+
+def _total(
+    handle: Handle,
+    part: Consistency | None,
+    batch: dict[str, Any],
+    outputs: Any,
+    per_row: Tensor | None,
+    num_items: Any,
+) -> LossOutput:
+    # The model's own loss is a mean over this batch's rows (over both branches of a doubled batch: their mean).
+    task = outputs.loss
+    if num_items is not None:
+        task = task * (_carrying(handle, batch) / num_items)
+    if per_row is None or part is None:
+        return LossOutput(task, task.detach(), None, outputs)
+    consistency = losses.reduce(per_row, num_items)
+    loss = task + part.weight * consistency.to(task.dtype)
+    return LossOutput(loss, task.detach(), consistency.detach(), outputs)
+
+
+def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    """One forward pass, and what the head received where the consistency term compares that."""
+    handle._capture, handle._features = _compares_features(handle), None
+    try:
+        outputs = model(**batch)
+        return outputs, handle._features
+    finally:
+        handle._capture, handle._features = False, None
+
+
+def _compares_features(handle: Handle) -> bool:
+    part = handle.config.consistency
+    return part is not None and part.kind != "mse" and _regression(handle)
+
+
+def _regression(handle: Handle) -> bool:
+    config = handle.base.config
+    return bool(config.problem_type == "regression" or (config.problem_type is None and _single_output(handle)))
+
+
+def _single_output(handle: Handle) -> bool:
+    return "SequenceClassification" in type(handle.base).__name__ and handle.base.config.num_labels == 1
+
+
+def _rows(handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any, features: Tensor | None) -> Tensor:
+    """The rows whose distributions (or values, for ``mse``) the consistency term compares: (N, classes)."""
+    if _compares_features(handle):
+        return _pooled(handle, batch, features)
+    logits = outputs.logits if "logits" in outputs else None
+    if logits is None:
+        raise ConfigError(
+            f"a consistency term needs the model's logits (got {type(outputs).__name__} without them); "
+            "set consistency=None for this head"
+        )
+    if part.kind == "mse" and not _regression(handle):
+        raise ConfigError(
+            "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
+            "task); use kind='kl'"
+        )
+    if logits.dim() == 2:
+        return logits
+    return losses.token_rows(logits, batch["labels"], shift=_shifts(handle))
+
+
+def _carrying(handle: Handle, batch: dict[str, Any]) -> Any:
+    """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
+    labels = batch["labels"]
+    if labels.dim() < 2 or "SequenceClassification" in type(handle.base).__name__:
+        return labels.shape[0]
+    return (labels[:, 1:] if _shifts(handle) else labels).ne(-100).sum()
+
+
+def _shifts(handle: Handle) -> bool:
+    """Whether the head predicts the next token: labels then stand one position ahead of logits."""
+    name = type(handle.base).__name__
+    return not (handle.base.config.is_encoder_decoder or "MaskedLM" in name or "TokenClassification" in name)
+
+
+def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:
+    """Regression compares the pooled last-layer representation: what the head receives, or the token it will take."""
+    if features is None:
+        raise ConfigError(
+            f"the regression head was not found, so there is no representation to compare (got "
+            f"{type(handle.base).__name__}); use Consistency(kind='mse')"
+        )
+    if features.dim() == 2:
+        return features
+    if handle.stacks[-1].role == "encoder":
+        return features[:, 0]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return features[:, -1]
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return features[torch.arange(len(features), device=mask.device), (positions * mask.ne(0)).argmax(dim=1)]
+
+
+def _per_row(value: Any, batch: dict[str, Any]) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch["labels"].shape[0]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without any dropout, its own included; every module's mode is put back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,24 @@
+"""The library's errors: one hierarchy, so that ``except HiddenKeyError`` catches everything it raises on purpose.
+
+Every message has the form ``WHAT (got VALUE); HOW TO MEND IT``.
+"""
+
+
+class HiddenKeyError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ConfigError(HiddenKeyError, ValueError):
+    """A setting or an argument is outside its range, unknown, or contradicts another one."""
+
+
+class UnsupportedModelError(HiddenKeyError, TypeError):
+    """The model's family, or the way it is set up, offers no place to attach to."""
+
+
+class DataError(HiddenKeyError, ValueError):
+    """Input data (rows, labels, files, sample ids) is missing, malformed or does not fit the batch."""
+
+
+class StateError(HiddenKeyError, RuntimeError):
+    """An operation came at the wrong time: attached twice, no active step, nothing to resume from."""

@@ -1,0 +1,277 @@
+"""Every family: masks land where the definition says, forward and gradient, and nothing else changes.
+
+The oracle is the stock model with its attention swapped for a slow one that reads its masks from the NumPy
+reference; it knows layers only by the order of the calls.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import families
+import numpy as np
+import pytest
+import torch
+from families import DECODERS, ENCODER_DECODERS, FAMILIES
+from reference import masks as reference
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+import hiddenkey_rs as hk
+
+SAMPLES = np.array([11, (1 << 33) + 5, 3])
+RATE = 0.4
+STEP, SEED = 7, 1234
+
+# The last linear layer of each family's FFN, by the end of its name: zero it and the FFN outputs zero.
+FFN_OUTPUT = {
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra"], r".output.dense"),
+    "distilbert": ".ffn.lin2",
+    "albert": ".ffn_output",
+    "modernbert": ".mlp.Wo",
+    "gpt2": ".mlp.c_proj",
+    "gpt_neox": ".mlp.dense_4h_to_h",
+    **dict.fromkeys(["opt", "bart"], ".fc2"),
+    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "phi3"], ".mlp.down_proj"),
+    **dict.fromkeys(["mixtral", "gpt_oss"], ".mlp.experts"),
+    "t5": ".DenseReluDense.wo",
+}
+
+
+class SlowAttention:
+    """Eager attention in float64 with dropped columns; the masks come from the reference, layers from call order."""
+
+    def __init__(self, family: str, samples: np.ndarray, lengths: list[int]) -> None:
+        self.family, self.samples, self.lengths = family, samples, lengths
+        self.calls: dict[str, int] = {}
+
+    def site(self, module: nn.Module, causal: bool, queries: int, keys: int) -> str:
+        if self.family not in ENCODER_DECODERS:
+            return "attention"
+        if queries != keys:
+            return "cross-attention"
+        return "decoder-attention" if causal else "attention"
+
+    def keep(self, site: str, heads: int, keys: int) -> torch.Tensor:
+        layer = self.calls.get(site, 0)
+        self.calls[site] = layer + 1
+        drawn = reference.column(SEED, STEP, 0, layer, site, self.samples, keys, RATE, heads=heads)
+        return torch.from_numpy(np.asarray(drawn, dtype=bool).reshape(len(self.samples), heads, 1, keys))
+
+    def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **extra):  # noqa: ANN001, ANN204
+        causal = bool(mask is not None and not mask[0, 0, 0].all() and mask[0, 0, -1].all() and mask.shape[2] > 1)
+        site = self.site(module, causal and not mask[0, 0, 0, 1], query.shape[2], key.shape[2])
+        groups = query.shape[1] // key.shape[1]
+        keep = self.keep(site, key.shape[1], key.shape[2]).repeat_interleave(groups, dim=1)
+        scores = query.double() @ key.double().repeat_interleave(groups, dim=1).transpose(2, 3)
+        scores = scores * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+        if extra.get("position_bias") is not None:
+            scores = scores + extra["position_bias"].double()
+        if extra.get("softcap") is not None:
+            scores = extra["softcap"] * torch.tanh(scores / extra["softcap"])
+        weights = self.weights(scores, self.kept(mask, keep, scores.shape, site), extra.get("s_aux"))
+        return (weights @ value.double().repeat_interleave(groups, dim=1)).transpose(1, 2).to(query.dtype), None
+
+    def kept(self, mask: torch.Tensor, keep: torch.Tensor, shape: torch.Size, site: str) -> torch.Tensor:
+        allowed = mask.expand(shape)
+        kept = (allowed & keep).clone()
+        for row, head, query in (~kept.any(-1) & allowed.any(-1)).nonzero().tolist():
+            own = site != "cross-attention" and allowed[row, head, query, query]
+            kept[row, head, query] = allowed[row, head, query]
+            if own:
+                kept[row, head, query] = False
+                kept[row, head, query, query] = True
+        return kept
+
+    def weights(self, scores: torch.Tensor, kept: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        exponentials = (scores - scores.amax(-1, keepdim=True).detach()).exp() * kept
+        total = exponentials.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + (sinks.double().view(1, -1, 1, 1) - scores.amax(-1, keepdim=True).detach()).exp()
+        return exponentials / total.masked_fill(total == 0, 1)
+
+
+def config(**parts: object) -> hk.HiddenKeyConfig:
+    defaults = {"attention": None, "hidden": None, "consistency": None, "layers": "all", "seed": SEED}
+    return hk.HiddenKeyConfig(**{**defaults, **parts})
+
+
+def off(model: nn.Module) -> nn.Module:
+    """Without the model's own dropout, which would draw differently in two runs."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropped_columns_equal_the_reference_forward_and_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = off(families.build(family))
+    batch = families.batch(family)
+    twin = copy.deepcopy(model)
+    handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE)), stock_dropout="off")
+    with handle.step(STEP, SAMPLES):
+        loss = model(**batch, use_cache=False).loss if family not in families.ENCODERS else model(**batch).loss
+    loss.backward()
+
+    slow = SlowAttention(family, SAMPLES, batch["attention_mask"].sum(1).tolist())
+    AttentionInterface.register("slow_reference", slow)
+    full = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    AttentionMaskInterface.register("slow_reference", lambda *a, **k: sdpa_mask(*a, **{**k, **full}))
+    twin.set_attn_implementation("slow_reference")
+    expected = twin(**batch, use_cache=False).loss if family not in families.ENCODERS else twin(**batch).loss
+    expected.backward()
+
+    # float32 against float64 attention through four layers
+    torch.testing.assert_close(loss, expected, rtol=2e-5, atol=2e-6)
+    for name, grad in gradients(twin).items():
+        torch.testing.assert_close(gradients(model)[name], grad, rtol=2e-3, atol=2e-5, msg=name)
+    assert set(slow.calls.values()) == {families.LAYERS}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hiddencut_acts_on_the_ffn_output_before_the_residual(family: str) -> None:
+    """Dropping every token vector equals an FFN whose last linear layer is zero."""
+    model = off(families.build(family))
+    batch = families.batch(family)
+    twin = copy.deepcopy(model)
+    for name, module in twin.named_modules():
+        is_output = name.endswith(FFN_OUTPUT[family]) and not name.endswith("attention.output.dense")
+        if is_output:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+    cut = hk.HiddenDrop(pattern="column", rate=1 - 2**-16)
+    handle = hk.attach(model, config(hidden=cut), stock_dropout="off")
+    drawn: list[bool] = []
+    handle.record_masks(lambda key, drop, samples, keep: drawn.append(bool(keep.any())))
+    with handle.step(0, SAMPLES):
+        loss = model(**batch).loss
+    assert not any(drawn), "the rate leaves one decision in 65536: choose another step"
+    torch.testing.assert_close(loss, twin(**batch).loss, rtol=1e-5, atol=1e-6)
+    plain = copy.deepcopy(twin)
+    torch.testing.assert_close(plain(**batch).loss, loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inactive_is_the_stock_model_bit_for_bit(family: str) -> None:
+    """Rate 0, eval, no_grad in training mode, and after detach."""
+    model = families.build(family)
+    batch = families.batch(family)
+    stock_config = model.config._attn_implementation
+    model.eval()
+    expected = model(**batch).logits
+    zero = hk.attach(model, config(attention=hk.AttentionDrop(rate=0.0), hidden=hk.HiddenDrop(rate=0.0)))
+    assert torch.equal(model(**batch).logits, expected)
+    zero.detach()
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert torch.equal(model(**batch).logits, expected)
+    model.train()
+    with torch.no_grad(), handle.step(0, SAMPLES):
+        assert torch.equal(model(**batch).logits, expected)
+    handle.detach()
+    assert model.config._attn_implementation == stock_config
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    model.eval()
+    assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("family", DECODERS + ENCODER_DECODERS)
+def test_generation_is_the_stock_models(family: str) -> None:
+    model = families.build(family)
+    batch = {name: value for name, value in families.batch(family, side="left").items() if name != "labels"}
+    model.eval()
+    expected = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), expected)
+    model.train()
+    with handle.step(0, SAMPLES):
+        assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_replay_draws_the_same_masks(family: str, reentrant: bool) -> None:
+    """Two micro-batches with one backward: a replay that used the latest masks would be wrong."""
+    if family == "albert":
+        pytest.skip("transformers offers no activation checkpointing for ALBERT")
+    results = []
+    for checkpointing in (False, True):
+        model = off(families.build(family))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE), hidden=hk.HiddenDrop(rate=RATE)))
+        total = torch.zeros(())
+        for step in (0, 1):
+            with handle.step(step, SAMPLES):
+                total = total + handle.loss(**families.batch(family, seed=step))
+        total.backward()
+        results.append(gradients(model))
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+def test_padding_side_and_width_do_not_change_the_masks(family: str, pattern: str) -> None:
+    """What each example's own tokens see: the masks recorded for right, left and wider padding are the same."""
+    seen = []
+    for side, length in (("right", 9), ("left", 9), ("right", 12)):
+        model = off(families.build(family))
+        drops = config(attention=hk.AttentionDrop(pattern=pattern, rate=RATE), hidden=hk.HiddenDrop(pattern, rate=RATE))
+        handle = hk.attach(model, drops)
+        record: dict[tuple[object, int], list[np.ndarray]] = {}
+
+        def note(key, drop, samples, keep, record=record) -> None:  # noqa: ANN001
+            for sample, mask in zip(samples.tolist(), keep.numpy(), strict=True):
+                record.setdefault((key, sample), []).append(mask)
+
+        handle.record_masks(note)
+        batch = families.batch(family, side=side)
+        if length > 9:
+            batch = {k: nn.functional.pad(v, (0, 3)) if v.dim() == 2 and k != "labels" else v for k, v in batch.items()}
+            if family in DECODERS:
+                batch["labels"] = nn.functional.pad(batch["labels"], (0, 3), value=-100)
+        with handle.step(0, SAMPLES):
+            handle.loss(**batch)
+        seen.append(record)
+    for other in seen[1:]:
+        assert other.keys() == seen[0].keys()
+        for name, masks in seen[0].items():
+            for mine, theirs in zip(masks, other[name], strict=True):
+                assert np.array_equal(mine, theirs)
+
+
+def test_albert_counts_its_depth_by_calls() -> None:
+    model = off(families.build("albert"))
+    handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE), hidden=hk.HiddenDrop(rate=RATE)))
+    keys: list[tuple[str, int]] = []
+    handle.record_masks(lambda key, drop, samples, keep: keys.append((key.site, key.layer)))
+    with handle.step(0, SAMPLES):
+        handle.loss(**families.batch("albert"))
+    assert keys == [(site, depth) for depth in range(families.LAYERS) for site in ("attention", "ffn")]
+
+
+def test_decoders_drop_in_their_latter_half_by_default() -> None:
+    handle = hk.attach(families.build("llama"), hk.HiddenKeyConfig(), stock_dropout="off")
+    assert {row.layer for row in handle.report().rows} == {2, 3}
+    handle.detach()
+    handle = hk.attach(families.build("t5"), hk.HiddenKeyConfig(), stock_dropout="off")
+    layers: dict[str, set[int]] = {}
+    for row in handle.report().rows:
+        layers.setdefault(row.site, set()).add(row.layer)
+    assert layers == {
+        "attention": {0, 1, 2, 3},
+        "ffn": {0, 1, 2, 3},
+        "decoder-attention": {2, 3},
+        "cross-attention": {2, 3},
+        "decoder-ffn": {2, 3},
+    }
