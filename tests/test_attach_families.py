@@ -168,6 +168,8 @@ def test_inactive_is_the_stock_model_bit_for_bit(family: str) -> None:
     stock_config = model.config._attn_implementation
     model.eval()
     expected = model(**batch).logits
+    with torch.no_grad():  # SDPA may pick another kernel where no gradient is recorded
+        unrecorded = model(**batch).logits
     zero = hk.attach(model, config(attention=hk.AttentionDrop(rate=0.0), hidden=hk.HiddenDrop(rate=0.0)))
     assert torch.equal(model(**batch).logits, expected)
     zero.detach()
@@ -175,7 +177,7 @@ def test_inactive_is_the_stock_model_bit_for_bit(family: str) -> None:
     assert torch.equal(model(**batch).logits, expected)
     model.train()
     with torch.no_grad(), handle.step(0, SAMPLES):
-        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model(**batch).logits, unrecorded)
     handle.detach()
     assert model.config._attn_implementation == stock_config
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
@@ -215,8 +217,11 @@ def test_checkpoint_replay_draws_the_same_masks(family: str, reentrant: bool) ->
                 total = total + handle.loss(**families.batch(family, seed=step))
         total.backward()
         results.append(gradients(model))
+    # Reentrant checkpoints add up the gradients of what all decoder layers read (encoder output, tied embeddings) in
+    # another order; everything else is bit-equal.
+    tolerance = 1e-5 if reentrant and family in ENCODER_DECODERS else 0.0
     for name, expected in results[0].items():
-        assert torch.equal(results[1][name], expected), name
+        torch.testing.assert_close(results[1][name], expected, rtol=tolerance, atol=tolerance / 10, msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

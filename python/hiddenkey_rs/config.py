@@ -264,9 +264,14 @@ class RatePattern(Mapping[str, float]):
 def rate_for(config: HiddenKeyConfig, rate: float, names: Sequence[str]) -> float:
     """The rate of a site that goes by ``names``: that of the first rate pattern that matches, else ``rate``."""
     for pattern, replacement in config.rate_pattern.items():
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names):
+        if matches(pattern, names):
             return replacement
     return rate
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a rate pattern matches one of ``names`` whole, or its end after a dot (as peft's ``rank_pattern``)."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
 
 
 def resolve_layers(

