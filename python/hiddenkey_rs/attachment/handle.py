@@ -195,11 +195,14 @@ class Handle:
 
         Runs the passes that the config's consistency asks for. The parts stand in :attr:`last`.
         """
-        self._require_step()
         return self.compute(batch).loss
 
     def compute(
-        self, batch: dict[str, Any], num_items: Any = None, model: nn.Module | None = None
+        self,
+        batch: dict[str, Any],
+        num_items: Any = None,
+        model: nn.Module | None = None,
+        task_loss: two_pass.TaskLoss | None = None,
     ) -> two_pass.LossOutput:
         """:meth:`loss` with its parts and the gradient pass's model outputs, for trainers.
 
@@ -209,9 +212,20 @@ class Handle:
                 sums over this batch divided by it, so that accumulation and world size cannot change the gradient;
                 by default they are means over this batch.
             model: what to call in place of the attached model, e.g. its DistributedDataParallel wrapper.
+            task_loss: function of (outputs, labels) that replaces the model's own loss; a mean over the rows it is given.
         """
-        self.last = two_pass.compute(self, model if model is not None else self.model, batch, num_items)
+        self._require_step()
+        self.last = two_pass.compute(self, model if model is not None else self.model, batch, num_items, task_loss)
         return self.last
+
+    def count_items(self, batch: dict[str, Any]) -> Any:
+        """How many rows of a batch carry loss: examples, or target tokens that are not masked (-100)."""
+        return two_pass.count_items(self, batch)
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the head predicts the next token, so that labels stand one position ahead of logits."""
+        return two_pass.shifts_labels(self)
 
     # -- passes (called by the hooks) -----------------------------------------------------------------------------
 

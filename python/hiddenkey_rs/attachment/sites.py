@@ -157,7 +157,7 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
     chosen = resolve_layers(config.layers, depths.get("encoder"), depths.get("decoder"))
     for stack in stacks:
         for site in stack.sites:
-            for depth in [0] if site.kind == "input" else sorted(chosen[stack.role]):
+            for depth in _depths(site, stack, chosen[stack.role]):
                 drop = _drop(config, site, depth)
                 if drop is not None and drop.threshold:
                     site.drops[depth] = drop
@@ -169,6 +169,14 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
                 f"(got output rate {config.output.rate}); set output=None"
             )
         output.drops[0] = SiteDrop("output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True)
+
+
+def _depths(site: Site, stack: Stack, chosen: frozenset[int]) -> list[int]:
+    """The chosen depths that this site's module serves: its own, or all of its calls where it is shared."""
+    if site.kind == "input":
+        return [0]
+    index = site.layer.index
+    return sorted(depth for depth in chosen if (depth % stack.inner if stack.spec.shared else depth) == index)
 
 
 def _names(site: Site, depth: int) -> list[str]:

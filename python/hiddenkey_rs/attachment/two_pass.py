@@ -6,7 +6,7 @@ forward only. ``gradient="both"`` (R-Drop) is one pass over a doubled batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,22 +32,37 @@ class LossOutput:
     outputs: Any
 
 
-def compute(handle: Handle, model: nn.Module, batch: dict[str, Any], num_items: Any) -> LossOutput:
+TaskLoss = Callable[[Any, Tensor], Tensor]
+
+
+def compute(
+    handle: Handle, model: nn.Module, batch: dict[str, Any], num_items: Any, task_loss: TaskLoss | None = None
+) -> LossOutput:
     """Both terms of a batch; see :meth:`Handle.compute`."""
     if batch.get("labels") is None:
         raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
     part = handle.config.consistency
+    per_row = None
     if part is None or part.weight == 0:
         outputs, _ = _run(handle, model, batch)
-        return _total(handle, part, batch, outputs, None, num_items)
-    if part.gradient == "both" and part.kind != "js":
-        return _doubled(handle, model, part, batch, num_items)
-    # The pass without gradient runs first: nothing but its rows is alive while the gradient pass stores activations.
-    second = _second_pass(handle, model, part, batch)
-    outputs, features = _run(handle, model, batch)
-    first = _rows(handle, part, batch, outputs, features)
-    per_row = losses.consistency(part.kind, first, second, gradient="one")
-    return _total(handle, part, batch, outputs, per_row, num_items)
+        labels = batch["labels"]
+    elif part.gradient == "both":
+        outputs, labels, per_row = _doubled(handle, model, part, batch)
+    else:
+        # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
+        second = _second_pass(handle, model, part, batch)
+        outputs, features = _run(handle, model, batch)
+        labels, first = batch["labels"], _rows(handle, part, batch, outputs, features)
+        per_row = losses.consistency(part.kind, first, second, gradient="one")
+    # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
+    task = outputs.loss if task_loss is None else task_loss(outputs, labels)
+    if num_items is not None:
+        task = task * (count_items(handle, batch) / num_items)
+    if per_row is None or part is None:
+        return LossOutput(task, task.detach(), None, outputs)
+    consistency = losses.reduce(per_row, num_items)
+    loss = task + part.weight * consistency.to(task.dtype)
+    return LossOutput(loss, task.detach(), consistency.detach(), outputs)
 
 
 def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> Tensor:
@@ -61,32 +76,15 @@ def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dic
         return _rows(handle, part, batch, outputs, features)
 
 
-def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any], num_items: Any) -> LossOutput:
+def _doubled(
+    handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]
+) -> tuple[Any, Tensor, Tensor]:
+    """Both branches with gradient, as one pass over the batch twice: outputs, labels, consistency by row."""
     doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
     with handle._branches((0, 1)):
         outputs, features = _run(handle, model, doubled)
     first, second = _rows(handle, part, doubled, outputs, features).chunk(2)
-    per_row = losses.consistency(part.kind, first, second, gradient="both")
-    return _total(handle, part, batch, outputs, per_row, num_items)
-
-
-def _total(
-    handle: Handle,
-    part: Consistency | None,
-    batch: dict[str, Any],
-    outputs: Any,
-    per_row: Tensor | None,
-    num_items: Any,
-) -> LossOutput:
-    # The model's own loss is a mean over this batch's rows (over both branches of a doubled batch: their mean).
-    task = outputs.loss
-    if num_items is not None:
-        task = task * (_carrying(handle, batch) / num_items)
-    if per_row is None or part is None:
-        return LossOutput(task, task.detach(), None, outputs)
-    consistency = losses.reduce(per_row, num_items)
-    loss = task + part.weight * consistency.to(task.dtype)
-    return LossOutput(loss, task.detach(), consistency.detach(), outputs)
+    return outputs, doubled["labels"], losses.consistency(part.kind, first, second, gradient="both")
 
 
 def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, Tensor | None]:
@@ -130,18 +128,18 @@ def _rows(handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any
         )
     if logits.dim() == 2:
         return logits
-    return losses.token_rows(logits, batch["labels"], shift=_shifts(handle))
+    return losses.token_rows(logits, batch["labels"], shift=shifts_labels(handle))
 
 
-def _carrying(handle: Handle, batch: dict[str, Any]) -> Any:
+def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
     """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
     labels = batch["labels"]
     if labels.dim() < 2 or "SequenceClassification" in type(handle.base).__name__:
         return labels.shape[0]
-    return (labels[:, 1:] if _shifts(handle) else labels).ne(-100).sum()
+    return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
 
 
-def _shifts(handle: Handle) -> bool:
+def shifts_labels(handle: Handle) -> bool:
     """Whether the head predicts the next token: labels then stand one position ahead of logits."""
     name = type(handle.base).__name__
     return not (handle.base.config.is_encoder_decoder or "MaskedLM" in name or "TokenClassification" in name)

@@ -1,0 +1,6 @@
+"""Training with transformers' Trainer: sample ids flow from the data set to the masks, losses and logs come by themselves."""
+
+from .sample_ids import SAMPLE_ID, SampleIdCollator, WithSampleIds
+from .trainer import HiddenKeyTrainer, HiddenKeyTrainerMixin
+
+__all__ = ["SAMPLE_ID", "HiddenKeyTrainer", "HiddenKeyTrainerMixin", "SampleIdCollator", "WithSampleIds"]
