@@ -151,7 +151,7 @@ def test_hiddencut_acts_on_the_ffn_output_before_the_residual(family: str) -> No
     cut = hk.HiddenDrop(pattern="column", rate=1 - 2**-16)
     handle = hk.attach(model, config(hidden=cut), stock_dropout="off")
     drawn: list[bool] = []
-    handle.record_masks(lambda key, drop, samples, keep: drawn.append(bool(keep.any())))
+    handle.record_masks(lambda mask: drawn.append(bool(mask.keep.any())))
     with handle.step(0, SAMPLES):
         loss = model(**batch).loss
     assert not any(drawn), "the rate leaves one decision in 65536: choose another step"
@@ -235,9 +235,9 @@ def test_padding_side_and_width_do_not_change_the_masks(family: str, pattern: st
         handle = hk.attach(model, drops)
         record: dict[tuple[object, int], list[np.ndarray]] = {}
 
-        def note(key, drop, samples, keep, record=record) -> None:  # noqa: ANN001
-            for sample, mask in zip(samples.tolist(), keep.numpy(), strict=True):
-                record.setdefault((key, sample), []).append(mask)
+        def note(drawn, record=record) -> None:  # noqa: ANN001
+            for sample, mask in zip(drawn.samples.tolist(), drawn.keep.numpy(), strict=True):
+                record.setdefault((drawn.key, sample), []).append(mask)
 
         handle.record_masks(note)
         batch = families.batch(family, side=side)
@@ -259,7 +259,7 @@ def test_albert_counts_its_depth_by_calls() -> None:
     model = off(families.build("albert"))
     handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE), hidden=hk.HiddenDrop(rate=RATE)))
     keys: list[tuple[str, int]] = []
-    handle.record_masks(lambda key, drop, samples, keep: keys.append((key.site, key.layer)))
+    handle.record_masks(lambda mask: keys.append((mask.key.site, mask.key.layer)))
     with handle.step(0, SAMPLES):
         handle.loss(**families.batch("albert"))
     assert keys == [(site, depth) for depth in range(families.LAYERS) for site in ("attention", "ffn")]

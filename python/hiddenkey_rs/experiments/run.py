@@ -1,0 +1,256 @@
+"""One training run from its choices to its folder: data, model, LoRA, dropout, training, evaluation, adapter, picture."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from . import folder
+from .data import Splits, file_splits, hub_splits, task_splits
+from .demo_data import demo_splits
+from .evaluate import evaluate
+from .features import Example, collator, tokenise
+from .models import add_lora, load_adapter, load_model, restore_adapter
+from .report import curves
+from .run_config import RunConfig
+from .tasks import TASKS, Task, own_task
+from .watch import RunState, Watcher
+
+_PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's task, data and model, ready to train or evaluate."""
+
+    task: Task
+    model: Any
+    train: list[Example]
+    dev: list[Example]
+    test: list[Example] | None
+    collate: Callable[..., Any]
+    labels: tuple[str, ...]
+
+
+def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+    """Train, and write the run's folder. Returns what ``metrics.json`` holds.
+
+    Everything that can be wrong with the choices, the data or the folder is found before anything is written.
+    """
+    started = time.perf_counter()
+    out = Path(config.out)
+    if resume:
+        folder.check_resumable(out, config)
+    else:
+        folder.check_free(out)
+    drops = config.drops()
+    _settle_torch(config)
+    prepared = prepare(config)
+    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
+    model = add_lora(
+        prepared.model, prepared.task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed
+    )
+    state, checkpoint = RunState(), None
+    if resume:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        checkpoint = get_last_checkpoint(str(out))
+        state = RunState.load(Path(str(checkpoint)))
+    watcher = Watcher(out, prepared.task, state, _evaluation(config, prepared, model), model, config.log_masks)
+    trainer = _trainer(config, prepared, model, drops, watcher)
+    watcher.handle = trainer.handle
+    out.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        folder.write_json(out / folder.CONFIG, _recorded(config, trainer))
+    else:
+        folder.keep_lines_to(out / folder.LOG, int(checkpoint.rpartition("-")[2]))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.handle.detach()
+    metrics = _metrics(config, prepared, state, model, trainer.state.global_step, started)
+    folder.write_json(out / folder.METRICS, metrics)
+    curves({_name(config): state.history}, prepared.task.metric, out / folder.CURVES, f"{_name(config)} on {prepared.task.name}")
+    return metrics
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load and tokenise the data and load the base model."""
+    task, splits = load_splits(config)
+    model, tokenizer = load_model(config.model, task, config.seed)
+    length = config.max_length or min(task.max_length, _positions(model))
+
+    def examples(rows: list[Any]) -> list[Example]:
+        return tokenise(rows, task, tokenizer, length, model.config.is_encoder_decoder)
+
+    dev = splits.dev[: config.dev_rows] if config.dev_rows else splits.dev
+    test = examples(splits.test) if splits.test else None
+    collate = collator(tokenizer, task.kind)
+    return Prepared(task, model, examples(splits.train), examples(dev), test, collate, splits.labels)
+
+
+def load_splits(config: RunConfig) -> tuple[Task, Splits]:
+    """The task and its rows, from whichever source the run names."""
+    if config.task == "demo":
+        return TASKS["demo"], demo_splits(seed=0)
+    if config.task is not None:
+        return TASKS[config.task], task_splits(TASKS[config.task], str(config.data))
+    name = Path(config.train_file or str(config.dataset)).name
+    task = own_task(name, config.text_fields, config.kind, config.label_field, num_labels=0)
+    if config.train_file is not None:
+        splits = file_splits(task, config.train_file, config.dev_file, config.test_file, config.seed)
+    else:
+        splits = hub_splits(task, str(config.dataset), config.dataset_config, config.seed)
+    return own_task(name, config.text_fields, config.kind, config.label_field, len(splits.labels)), splits
+
+
+def evaluate_run(out: Path) -> dict[str, Any]:
+    """Development and test figures of a run's adapter, computed anew from its folder."""
+    config = folder.load_config(out)
+    if not (out / folder.ADAPTER).is_dir():
+        raise ConfigError(f"the run has no adapter yet (got {str(out)!r}); let it finish an epoch")
+    _settle_torch(config)
+    prepared = prepare(config)
+    model = load_adapter(prepared.model, out / folder.ADAPTER)
+    found = {"dev": evaluate(model, prepared.dev, prepared.task, prepared.collate, config.eval_batch_size)}
+    if prepared.test is not None:
+        found["test"] = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
+    return {"task": prepared.task.name, "metric": prepared.task.metric, **found}
+
+
+def _settle_torch(config: RunConfig) -> None:
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # transformers 5.23 renamed gradient to activation checkpointing and warns of its own and peft's calls by the old name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[], dict[str, dict[str, float]]]:
+    rows = config.train_eval_rows or len(prepared.train)
+    # Every n-th training row: the same rows each epoch, spread over the set.
+    seen = prepared.train[:: max(1, len(prepared.train) // rows)][:rows]
+
+    def both() -> dict[str, dict[str, float]]:
+        parts = {"train": seen, "dev": prepared.dev}
+        return {
+            name: evaluate(model, part, prepared.task, prepared.collate, config.eval_batch_size)
+            for name, part in parts.items()
+        }
+
+    return both
+
+
+def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watcher: Watcher) -> Any:
+    import torch
+    import transformers
+
+    from ..train import HiddenKeyTrainer
+
+    steps = math.ceil(math.ceil(len(prepared.train) / config.batch_size) / config.accumulation)
+    total = config.max_steps or steps * config.epochs
+    arguments = transformers.TrainingArguments(
+        output_dir=config.out,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=math.ceil(config.warmup * total),
+        weight_decay=config.weight_decay,
+        label_smoothing_factor=config.label_smoothing,
+        logging_steps=config.log_every,
+        save_strategy="epoch" if config.save_steps is None else "steps",
+        save_steps=config.save_steps or 500,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        bf16=config.bf16,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = HiddenKeyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=prepared.train,
+        data_collator=prepared.collate,
+        config=drops,
+        stock_dropout=config.stock,
+        callbacks=[watcher],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _metrics(
+    config: RunConfig, prepared: Prepared, state: RunState, model: Any, steps: int, started: float
+) -> dict[str, Any]:
+    best = state.best(prepared.task)
+    for number, entry in enumerate(state.history):
+        entry["best"] = number == best
+    top, last = state.history[best], state.history[-1]
+    test = {}
+    if prepared.test is not None:
+        restore_adapter(model, Path(config.out) / folder.ADAPTER)
+        test = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
+    rows = steps * config.batch_size * config.accumulation
+    return {
+        "task": prepared.task.name,
+        "model": config.model,
+        "preset": config.preset if config.hiddenkey is None else config.hiddenkey,
+        "seed": config.seed,
+        "best_epoch": top["epoch"],
+        "train": top["train"],
+        "dev": top["dev"],
+        "test": test,
+        "last": {name: last[name] for name in ("epoch", "step", "train", "dev")},
+        "history": state.history,
+        "realised_rates": {site: sum(values) / len(values) for site, values in state.rates.items()},
+        "labels": list(prepared.labels),
+        "examples_per_second": rows / max(state.training_seconds, 1e-9),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def _recorded(config: RunConfig, trainer: Any) -> dict[str, Any]:
+    import torch
+
+    return {
+        "run": config.to_dict(),
+        "hiddenkey": trainer.handle.config.to_dict(),
+        "report": trainer.handle.report().as_dict(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": str(trainer.args.device),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _positions(model: Any) -> int:
+    return int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 1 << 20)
+
+
+def _name(config: RunConfig) -> str:
+    base = config.preset if config.hiddenkey is None else Path(config.hiddenkey).stem
+    return base if not config.lora_dropout else f"{base} + lora_dropout {config.lora_dropout:g}"

@@ -1,0 +1,183 @@
+"""Every choice of a training run: one dataclass, from which flags, YAML keys and ``config.json`` are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..config import (
+    HEADS,
+    GRADIENTS,
+    KINDS,
+    PATTERNS,
+    POSITIONS,
+    PRESETS,
+    AttentionDrop,
+    Consistency,
+    ElementDrop,
+    HiddenDrop,
+    HiddenKeyConfig,
+)
+from ..errors import ConfigError
+from ..serialise import Serialisable, choice
+from .tasks import KINDS as TASK_KINDS
+from .tasks import TASKS
+
+
+def _choice(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig(Serialisable):
+    """A training run. Flags of ``hiddenkey train`` are these fields with dashes; see their help texts."""
+
+    model: str = _choice("minilm", "a folder, a hub name, minilm (demo extra) or gpt2-tiny (built in, random weights)")
+    task: str | None = _choice(None, "a named task; its files are below --data", tuple(TASKS))
+    data: str | None = _choice(None, "folder that holds the task folders")
+    train_file: str | None = _choice(None, "own training data: .jsonl, .json, .csv or .parquet, plain or .gz")
+    dev_file: str | None = _choice(None, "own development data; without it a tenth of the training rows is held out")
+    test_file: str | None = _choice(None, "own test data")
+    dataset: str | None = _choice(None, "own data by its name in the datasets library")
+    dataset_config: str | None = _choice(None, "configuration name of --dataset")
+    kind: str = _choice("classification", "what own data asks for", TASK_KINDS)
+    text_fields: tuple[str, ...] = _choice(("sentence1", "sentence2"), "text fields of own data (lm: source target)")
+    label_field: str = _choice("label", "label field of own data")
+
+    preset: str = _choice("hiddenkey", "what to drop", PRESETS)
+    hiddenkey: str | None = _choice(None, "a HiddenKeyConfig file (.json, .yaml) in place of --preset")
+    rate: float | None = _choice(None, "every rate of the preset")
+    attention_position: str | None = _choice(None, "override: position inside attention", POSITIONS)
+    attention_pattern: str | None = _choice(None, "override: pattern inside attention", PATTERNS)
+    attention_rate: float | None = _choice(None, "override: rate inside attention")
+    heads: str | None = _choice(None, "override: one mask a key/value head or a query head", HEADS)
+    hidden_pattern: str | None = _choice(None, "override: HiddenCut's pattern", PATTERNS)
+    hidden_rate: float | None = _choice(None, "override: HiddenCut's rate")
+    hidden_start: str | None = _choice(None, "override: where a HiddenCut span starts", ("uniform", "attention"))
+    rescale: bool | None = _choice(None, "override: rescale what HiddenCut keeps")
+    input_rate: float | None = _choice(None, "override: rate on token embeddings")
+    output_rate: float | None = _choice(None, "override: rate on what the head receives")
+    consistency: str | None = _choice(None, "override: consistency term", (*KINDS, "none"))
+    consistency_weight: float | None = _choice(None, "override: its weight")
+    consistency_gradient: str | None = _choice(None, "override: branches that carry gradient", GRADIENTS)
+    layers: tuple[str, ...] | None = _choice(None, "override: auto, all, latter-half, or layers (3 encoder.1 ...)")
+    rate_pattern: tuple[str, ...] = _choice((), "override: REGEX=RATE for layers or modules whose name matches")
+    stock_dropout: str | None = _choice(None, "the model's own dropout (default off; keep for r-drop)", ("keep", "off"))
+
+    rank: int = _choice(8, "LoRA rank")
+    alpha: float | None = _choice(None, "LoRA alpha (default 2 x rank)")
+    lora_dropout: float = _choice(0.0, "peft's lora_dropout")
+    target_modules: tuple[str, ...] | None = _choice(None, "modules that get LoRA (default: peft's for the family)")
+    lr: float = _choice(3e-4, "peak learning rate")
+    schedule: str = _choice("linear", "learning-rate schedule", ("linear", "cosine", "constant", "constant_with_warmup"))
+    warmup: float = _choice(0.06, "share of the steps that warm up")
+    weight_decay: float = _choice(0.1, "AdamW's weight decay")
+    label_smoothing: float = _choice(0.0, "label smoothing of the task loss")
+    epochs: int = _choice(5, "passes over the training set")
+    max_steps: int | None = _choice(None, "stop after this many optimiser steps")
+    batch_size: int = _choice(32, "rows of a micro-batch")
+    accumulation: int = _choice(1, "micro-batches of an optimiser step")
+    eval_batch_size: int = _choice(64, "rows of an evaluation batch")
+    max_length: int | None = _choice(None, "tokens an example keeps (default: the task's)")
+    seed: int = _choice(0, "of data order, new weights and masks")
+    bf16: bool = _choice(False, "bfloat16 autocast")
+    activation_checkpointing: bool = _choice(False, "recompute activations in backward")
+    train_eval_rows: int = _choice(500, "training rows that are also evaluated every epoch (0: all)")
+    dev_rows: int | None = _choice(None, "development rows to evaluate (default: all)")
+    log_every: int = _choice(10, "optimiser steps between log lines")
+    save_steps: int | None = _choice(None, "optimiser steps between checkpoints (default: one an epoch)")
+    log_masks: int = _choice(0, "optimiser steps whose masks' digests go to masks.jsonl")
+    threads: int | None = _choice(None, "CPU threads of torch (default: torch's own)")
+    out: str = _choice("runs/run", "the run's folder")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices is not None and value is not None:
+                choice(value, choices, item.name.replace("_", " "))
+            if isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
+        for name in ("rank", "epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
+            self._positive(name)
+        for name in ("max_steps", "max_length", "dev_rows", "save_steps", "threads"):
+            if getattr(self, name) is not None:
+                self._positive(name)
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must lie in [0, 1) (got {self.lora_dropout!r}); 0 is none")
+        if not self.lr > 0:
+            raise ConfigError(f"the learning rate must be above 0 (got {self.lr!r}); 3e-4 is a start")
+        sources = [name for name in ("task", "train_file", "dataset") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ConfigError(f"exactly one source of data is needed (got {sources or None}); give --task, --train-file or --dataset")
+        if self.task not in (None, "demo") and self.data is None:
+            raise ConfigError(f"a task needs the folder of its files (got task {self.task!r} without data); give --data DIR")
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be a whole number above 0 (got {value!r}); mend --{name.replace('_', '-')}")
+
+    @property
+    def stock(self) -> str:
+        """What happens to the model's own dropout: off, as in the paper, unless the method lives on it."""
+        return self.stock_dropout or ("keep" if self.preset == "r-drop" and self.hiddenkey is None else "off")
+
+    def drops(self) -> HiddenKeyConfig:
+        """The config to attach: the preset (or file) with the overrides."""
+        base = (
+            HiddenKeyConfig.from_file(self.hiddenkey)
+            if self.hiddenkey is not None
+            else HiddenKeyConfig.preset(self.preset, rate=self.rate, seed=self.seed)
+        )
+        changes: dict[str, Any] = {
+            "attention": self._part(
+                base.attention,
+                AttentionDrop,
+                position=self.attention_position,
+                pattern=self.attention_pattern,
+                rate=self.attention_rate,
+                heads=self.heads,
+            ),
+            "hidden": self._part(
+                base.hidden,
+                HiddenDrop,
+                pattern=self.hidden_pattern,
+                rate=self.hidden_rate,
+                rescale=self.rescale,
+                start=self.hidden_start,
+            ),
+            "input": self._part(base.input, ElementDrop, rate=self.input_rate),
+            "output": self._part(base.output, ElementDrop, rate=self.output_rate),
+            "consistency": self._consistency(base.consistency),
+            "rate_pattern": {**base.rate_pattern, **dict(_pattern(text) for text in self.rate_pattern)},
+        }
+        if self.layers is not None:
+            changes["layers"] = _layers(self.layers)
+        return replace(base, **changes)
+
+    def _consistency(self, base: Consistency | None) -> Consistency | None:
+        if self.consistency == "none":
+            return None
+        weight, gradient = self.consistency_weight, self.consistency_gradient
+        return self._part(base, Consistency, kind=self.consistency, weight=weight, gradient=gradient)
+
+    @staticmethod
+    def _part(base: Any, kind: type, /, **overrides: Any) -> Any:
+        given = {name: value for name, value in overrides.items() if value is not None}
+        if not given:
+            return base
+        return replace(base, **given) if base is not None else kind(**given)
+
+
+def _layers(entries: tuple[str, ...]) -> str | list[int | str]:
+    if len(entries) == 1 and not str(entries[0]).rpartition(".")[2].isdigit():
+        return str(entries[0])
+    return [int(entry) if str(entry).isdigit() else str(entry) for entry in entries]
+
+
+def _pattern(text: str) -> tuple[str, float]:
+    pattern, equals, rate = text.rpartition("=")
+    try:
+        return pattern, float(rate) if equals else float("nan")
+    except ValueError:
+        raise ConfigError(f"a rate pattern is written REGEX=RATE (got {text!r}); for example layer.3=0.2") from None

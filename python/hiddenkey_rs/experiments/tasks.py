@@ -1,0 +1,58 @@
+"""The tasks that runs know by name, and the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("classification", "regression", "lm")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's rows hold and how it is scored.
+
+    ``metrics``: names in :mod:`.metrics`; the first one chooses the best epoch. ``lower_is_better`` says which way.
+    ``max_length``: tokens, the default of ``--max-length``. For ``kind="lm"`` the fields are (source, target).
+    """
+
+    name: str
+    folder: str
+    fields: tuple[str, ...]
+    kind: str
+    num_labels: int
+    metrics: tuple[str, ...]
+    label: str | None = "label"
+    lower_is_better: bool = False
+    max_length: int = 128
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the best epoch."""
+        return self.metrics[0]
+
+
+_PAIR = ("sentence1", "sentence2")
+_TEXT = ("source", "target")
+_LM = ("perplexity", "token_accuracy")
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("mrpc", "MRPC", _PAIR, "classification", 2, ("accuracy", "f1")),
+        Task("rte", "RTE", _PAIR, "classification", 2, ("accuracy",), max_length=256),
+        Task("stsb", "STS-B", _PAIR, "regression", 1, ("pearson", "spearman")),
+        Task("sst2", "SST-2", ("sentence1",), "classification", 2, ("accuracy",)),
+        Task("cola", "CoLA", ("sentence1",), "classification", 2, ("matthews", "accuracy")),
+        Task("e2e", "E2E", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
+        Task("webnlg", "WebNLG", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
+        Task("demo", "", _PAIR, "classification", 2, ("accuracy", "f1"), max_length=64),
+    )
+}
+
+
+def own_task(name: str, fields: tuple[str, ...], kind: str, label: str, num_labels: int) -> Task:
+    """A task made of the user's files."""
+    metrics = {"classification": ("accuracy", "f1"), "regression": ("pearson", "spearman"), "lm": _LM}[kind]
+    if kind == "lm":
+        return Task(name, "", fields, kind, 0, metrics, label=None, lower_is_better=True, max_length=512)
+    return Task(name, "", fields, kind, num_labels, metrics, label=label)

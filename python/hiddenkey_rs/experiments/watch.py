@@ -1,0 +1,149 @@
+"""What happens around a run's training steps: evaluation, logs, progress, mask digests, the best adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ..attachment import DrawnMask, Handle
+from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, replace_folder, write_json
+from .tasks import Task
+
+Evaluation = Callable[[], dict[str, dict[str, float]]]
+
+
+@dataclass
+class RunState:
+    """What a run has found so far; saved with every checkpoint."""
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    training_seconds: float = 0.0
+
+    def best(self, task: Task) -> int:
+        """Index of the best evaluation: by the task's metric on the development set, then by loss, then the earliest."""
+        sign = 1 if task.lower_is_better else -1
+        return min(
+            range(len(self.history)),
+            key=lambda n: (sign * self.history[n]["dev"][task.metric], self.history[n]["dev"]["loss"], n),
+        )
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> RunState:
+        """The state that was saved with a checkpoint."""
+        return cls(**json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8")))
+
+
+class Watcher(TrainerCallback):
+    """Evaluates every epoch, keeps the best adapter, writes ``log.jsonl`` and ``masks.jsonl``, shows progress."""
+
+    def __init__(self, out: Path, task: Task, state: RunState, evaluation: Evaluation, model: Any, log_masks: int) -> None:
+        self.out, self.task, self.run, self.evaluation, self.model = out, task, state, evaluation, model
+        self.handle: Handle | None = None
+        self.masks_left = log_masks
+        self.progress: Progress | None = None
+        self.clock = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and the progress line."""
+        self.progress = Progress(state.max_steps, state.global_step)
+        self.clock = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record the masks of the steps that the log will show, as far as asked for."""
+        if self.handle is not None and self.masks_left and state.global_step % args.logging_steps == 0:
+            self.masks_left -= 1
+            self.handle.record_masks(lambda mask: append_line(self.out / MASKS, _digest(mask)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the progress line on."""
+        if self.handle is not None:
+            self.handle.record_masks(None)
+        if self.progress is not None:
+            self.progress.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """One line of ``log.jsonl`` a logged step."""
+        if logs is None or "loss" not in logs:
+            return
+        append_line(self.out / LOG, {"step": state.global_step, **logs})
+        for name, value in logs.items():
+            if name.startswith("realised_rate_"):
+                self.run.rates.setdefault(name.removeprefix("realised_rate_"), []).append(value)
+        if self.progress is not None:
+            self.progress.loss = logs["loss"]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate, and keep the adapter if it is the best so far."""
+        self.run.training_seconds += time.perf_counter() - self.clock
+        found = self.evaluation()
+        entry = {"epoch": round(state.epoch, 4), "step": state.global_step, **found}
+        self.run.history.append(entry)
+        append_line(self.out / LOG, {"step": state.global_step, "evaluation": entry})
+        if self.run.best(self.task) == len(self.run.history) - 1:
+            replace_folder(self.out / ADAPTER, self._save_adapter)
+        if self.progress is not None:
+            dev = found["dev"]
+            self.progress.note(f"epoch {entry['epoch']:g}: dev loss {dev['loss']:.4f}, {self.task.metric} {dev[self.task.metric]:.4f}")
+        self.clock = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The history goes with the checkpoint."""
+        now = time.perf_counter()
+        self.run.training_seconds += now - self.clock
+        self.clock = now
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN_STATE, asdict(self.run))
+
+    def _save_adapter(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        if self.handle is not None:
+            self.handle.config.save_pretrained(folder)
+
+
+class Progress:
+    """Progress on standard error: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.loss, self.start, self.first = total, float("nan"), time.perf_counter(), done
+        self.terminal = sys.stderr.isatty()
+        self.last = self.start
+
+    def step(self, done: int) -> None:
+        """``done`` optimiser steps are done."""
+        now = time.perf_counter()
+        if now - self.last < (0.2 if self.terminal else 10.0) and done < self.total:
+            return
+        self.last = now
+        left = (now - self.start) / max(done - self.first, 1) * (self.total - done)
+        filled = 24 * done // max(self.total, 1)
+        bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self.terminal else ""
+        text = f"{bar}step {done}/{self.total}  loss {self.loss:.4f}  {int(left) // 60}:{int(left) % 60:02d} left"
+        self._show(text, end="" if self.terminal and done < self.total else "\n")
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._show(text, end="\n")
+
+    def _show(self, text: str, end: str) -> None:
+        print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def _digest(mask: DrawnMask) -> dict[str, Any]:
+    """A mask's coordinates and the SHA-256 of its decisions (one byte each, 1 = keep), for checking it elsewhere."""
+    return {
+        **asdict(mask.key),
+        "pattern": mask.drop.pattern,
+        "rate": mask.drop.rate,
+        "samples": mask.samples.tolist(),
+        "lengths": mask.lengths.tolist(),
+        "shape": list(mask.keep.shape),
+        "sha256": hashlib.sha256(mask.keep.cpu().numpy().tobytes()).hexdigest(),
+    }
