@@ -1,9 +1,8 @@
-"""Masks of stream hk1, one decision at a time, straight from the table in DESIGN.md."""
+"""Masks of stream hk1, a whole Philox block for every single decision, straight from the table in DESIGN.md."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -25,16 +24,18 @@ def site_key(seed: int, step: int, branch: int, layer: int, site: int) -> tuple[
     return left, right
 
 
-@lru_cache(maxsize=1 << 18)
-def block(key: tuple[int, int], pattern: str, sample: int, head: int, row: int, number: int) -> tuple[int, ...]:
-    return philox4x32((row | head << 20, number, sample & MASK, sample >> 32 | PATTERNS[pattern] << 30), key)
-
-
-def lane(key: tuple[int, int], pattern: str, sample: int, head: int, row: int, column: int) -> int:
-    """The 16-bit number that decides one place of a mask."""
+def lanes(key: tuple[int, int], pattern: str, sample: np.ndarray, head: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """The 16-bit numbers that decide places of a mask; the coordinates are uint64 arrays that broadcast."""
+    sample, head, row, column = np.broadcast_arrays(sample, head, row, column)
     number = 16 * (column // 128) + (column % 32) // 2
-    word = block(key, pattern, sample, head, row, number)[(column % 128) // 32]
+    tag = np.uint64(PATTERNS[pattern] << 30)
+    words = philox4x32((row | head << 20, number, sample & MASK, sample >> 32 | tag), key)
+    word = np.choose((column % 128 // 32).astype(np.int64), words)
     return word >> 16 * (column % 2) & 0xFFFF
+
+
+def span_draw(key: tuple[int, int], sample: int, head: int) -> int:
+    return philox4x32((head << 20, 0, sample & MASK, sample >> 32 | PATTERNS["span"] << 30), key)[0]
 
 
 def element(
@@ -60,7 +61,7 @@ def span(
     for b, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
         for head in range(heads):
             dropped = 0 if t == 0 or length == 0 else min(length, max(1, (t * int(length) + 32768) >> 16))
-            draw = block(key, "span", int(sample), head, 0, 0)[0]
+            draw = span_draw(key, int(sample), head)
             start = draw * (int(length) - dropped + 1) >> 32
             for c in range(length):
                 keep[b, head, 0, c] = not start <= c < start + dropped
@@ -81,12 +82,9 @@ def _grid(
     rate: float,
 ) -> np.ndarray:
     key, t = site_key(seed, step, branch, layer, SITES.index(site)), threshold(rate)
-    keep = np.empty((len(samples), heads, rows, columns), dtype=bool)
-    for b, sample in enumerate(samples):
-        for head in range(heads):
-            for row in range(rows):
-                keep[b, head, row] = [lane(key, pattern, int(sample), head, row, c) >= t for c in range(columns)]
-    return keep
+    axes = [np.asarray(axis, dtype=np.uint64) for axis in (samples, range(heads), range(rows), range(columns))]
+    sample, head, row, column = np.ix_(*axes)
+    return lanes(key, pattern, sample, head, row, column) >= t
 
 
 def pack(keep: np.ndarray) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""Philox4x32-10 on Python integers, one counter at a time."""
+"""Philox4x32-10 on uint64 arrays (or Python integers) that hold 32-bit words; no cleverness."""
 
 from __future__ import annotations
+
+from typing import Any
 
 MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
     """Ten rounds; the key is bumped between rounds."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
