@@ -97,19 +97,18 @@ def _cut(step: StackPass, site: Site, depth: int, hidden: Tensor) -> Tensor:
         keep = guided_keep(step, site, drop, depth)
     else:
         keep = hidden_keep(step, site, drop, depth, hidden.shape[-1])
-    _count(step, site, depth, keep)
+    _note(step, site, depth, keep, step.tokens.real[..., None])
     # OPT flattens batch and length before its FFN.
     return ops.drop_hidden(hidden.reshape(shape), keep, drop.scale).reshape(hidden.shape)
 
 
-def _count(step: StackPass, site: Site, depth: int, keep: Tensor) -> None:
-    if not step.running:
-        return
-    step.reached.add(site)
-    site.calls += 1
-    real = step.tokens.real[..., None]
-    total = real.count_nonzero() * keep.shape[-1]
-    site.count(depth, total - (keep & real).count_nonzero(), total)
+def _note(step: StackPass, site: Site, depth: int, keep: Tensor, real: Tensor) -> None:
+    """Count what was dropped of what is real (one flag a token, or one a place)."""
+    if step.counts(site):
+        step.reached.add(site)
+        site.calls += 1
+        total = real.count_nonzero() * (keep.shape[-1] // real.shape[-1])
+        site.count(depth, total - (keep & real).count_nonzero(), total)
 
 
 def _input_hook(handle: Handle, site: Site) -> Callable[..., Any]:
@@ -127,9 +126,10 @@ def _drop_inputs(
     site = next(site for site in stack.sites if site.kind == "input")
     if not site.drops:
         return args, kwargs
-    bound = signature.bind_partial(*args, **kwargs)
-    bound.arguments["inputs_embeds"] = _cut(step, site, 0, bound.arguments["inputs_embeds"])
-    return bound.args, bound.kwargs
+    if kwargs.get("inputs_embeds") is not None:
+        return args, {**kwargs, "inputs_embeds": _cut(step, site, 0, kwargs["inputs_embeds"])}
+    place = list(signature.parameters).index("inputs_embeds")
+    return (*args[:place], _cut(step, site, 0, args[place]), *args[place + 1 :]), kwargs
 
 
 def _output_hook(handle: Handle, site: Site) -> Callable[..., Any]:
@@ -155,7 +155,5 @@ def _drop_output(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) ->
             )
         return _cut(step, site, 0, hidden)
     keep = pooled_keep(step, site, drop, hidden.shape[-1])
-    site.calls += 1
-    total = torch.tensor(keep.numel(), device=keep.device)
-    site.count(0, total - keep.count_nonzero(), total)
+    _note(step, site, 0, keep, torch.ones_like(keep))
     return ops.drop_hidden(hidden[:, None], keep[:, None], drop.scale)[:, 0]

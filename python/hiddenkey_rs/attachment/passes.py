@@ -48,10 +48,14 @@ class StackPass:
     encoder_tokens: Tokens | None = None
     impl: str = "auto"
     running: bool = True
-    """True during the forward pass itself, False in a checkpoint's replay (which must not be counted again)."""
+    """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""
     recorder: MaskRecorder | None = None
     group_calls: int = 0
     reached: set[Site] = field(default_factory=set)
+
+    def counts(self, site: Site) -> bool:
+        """Whether what the site does now is to be counted: not in a replay. The head runs after the stack."""
+        return self.running or site.kind == "output"
 
     def column_tokens(self, site: Site) -> Tokens:
         """The tokens that are this site's columns: the encoder's for cross-attention, else the stack's own."""
@@ -125,7 +129,7 @@ def _draw(
         samples, lengths = tokens.samples[chosen], tokens.lengths[chosen]
         draw = _draw_on_host if device.type == "cpu" else _draw_on_device
         keep = draw(key, drop, samples, lengths, rows, columns, heads, device)
-        if step.recorder is not None and step.running:
+        if step.recorder is not None and step.counts(site):
             step.recorder(DrawnMask(key, drop, samples, lengths, keep))
         parts.append(keep)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -112,7 +112,8 @@ class Progress:
     """Progress on standard error: a bar on a terminal, else a line now and then."""
 
     def __init__(self, total: int, done: int) -> None:
-        self.total, self.loss, self.start, self.first = total, float("nan"), time.perf_counter(), done
+        self.total, self.start, self.first = total, time.perf_counter(), done
+        self.loss: float | None = None
         self.terminal = sys.stderr.isatty()
         self.last = self.start
 
@@ -125,7 +126,8 @@ class Progress:
         left = (now - self.start) / max(done - self.first, 1) * (self.total - done)
         filled = 24 * done // max(self.total, 1)
         bar = f"[{'#' * filled}{'.' * (24 - filled)}] " if self.terminal else ""
-        text = f"{bar}step {done}/{self.total}  loss {self.loss:.4f}  {int(left) // 60}:{int(left) % 60:02d} left"
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
+        text = f"{bar}step {done}/{self.total}  {loss}{int(left) // 60}:{int(left) % 60:02d} left"
         self._show(text, end="" if self.terminal and done < self.total else "\n")
 
     def note(self, text: str) -> None:

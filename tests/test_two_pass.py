@@ -1,0 +1,280 @@
+"""The loss of a step: what each compensation runs, what carries gradient, and what normalises it."""
+
+from __future__ import annotations
+
+import families
+import numpy as np
+import pytest
+import torch
+
+import hiddenkey_rs as hk
+from hiddenkey_rs import losses
+
+IDS = np.array([3, 9, 27])
+
+
+def config(consistency: hk.Consistency | None, **parts: object) -> hk.HiddenKeyConfig:
+    rates = {"attention": hk.AttentionDrop(rate=0.3), "hidden": hk.HiddenDrop(rate=0.3), "layers": "all"}
+    return hk.HiddenKeyConfig(**{**rates, "consistency": consistency, **parts})
+
+
+def attached(family: str, consistency: hk.Consistency | None, changes: dict | None = None, **parts: object) -> hk.Handle:
+    return hk.attach(families.build(family, **(changes or {})), config(consistency, **parts), stock_dropout="off")
+
+
+def branch(handle: hk.Handle, number: int, batch: dict) -> torch.Tensor:
+    """Logits of one branch, drawn by hand."""
+    with handle.step(5, IDS), handle._branches((number,), force=True):
+        return handle.model(**batch)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "t5"])
+def test_kl_is_the_divergence_of_the_two_branches(family: str) -> None:
+    handle = attached(family, hk.Consistency("kl", weight=0.7))
+    batch = families.batch(family)
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    assert not torch.equal(first.logits, second.logits)
+    rows = [first.logits, second.logits]
+    if family in ("llama", "t5"):
+        rows = [losses.token_rows(x, batch["labels"], shift=family == "llama") for x in rows]
+    expected = first.loss + 0.7 * losses.kl(*rows).mean()
+    with handle.step(5, IDS):
+        loss = handle.loss(**batch)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(handle.last.consistency, losses.kl(*rows).mean().detach())
+    torch.testing.assert_close(handle.last.task, first.loss.detach())
+
+
+def test_the_gradient_runs_through_one_branch() -> None:
+    handle = attached("bert", hk.Consistency("kl", weight=50.0))
+    batch = families.batch("bert")
+    with handle.step(5, IDS):
+        handle.loss(**batch).backward()
+    got = {n: p.grad.clone() for n, p in handle.model.named_parameters() if p.grad is not None}
+    handle.model.zero_grad()
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    (first.loss + 50 * losses.kl(first.logits, second.logits.detach()).mean()).backward()
+    for name, p in handle.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(got[name], p.grad, msg=name)
+
+
+def test_both_branches_are_one_doubled_batch_with_the_mean_task_loss() -> None:
+    handle = attached("bert", hk.Consistency("kl", gradient="both"))
+    batch = families.batch("bert")
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    expected = (first.loss + second.loss) / 2 + losses.kl(first.logits, second.logits).mean()
+    with handle.step(5, IDS):
+        loss = handle.loss(**batch)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    got = handle.model.classifier.weight.grad.clone()
+    handle.model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(got, handle.model.classifier.weight.grad)
+
+
+def test_js_compares_with_the_pass_without_any_dropout() -> None:
+    handle = hk.attach(families.build("bert"), config(hk.Consistency("js")))  # the model's own dropout stays on
+    batch = families.batch("bert")
+    modes = [m.training for m in handle.model.modules()]
+    torch.manual_seed(0)
+    with handle.step(5, IDS):
+        loss = handle.loss(**batch)
+    assert [m.training for m in handle.model.modules()] == modes
+    undropped = handle.model.eval()(**batch).logits.detach()
+    handle.model.train()
+    torch.manual_seed(0)
+    first = branch(handle, 0, batch)
+    torch.testing.assert_close(loss, first.loss + losses.js(first.logits, undropped).mean())
+
+
+def test_jensen_shannon_and_no_consistency() -> None:
+    batch = families.batch("bert")
+    handle = attached("bert", hk.Consistency("jensen-shannon"))
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    with handle.step(5, IDS):
+        torch.testing.assert_close(
+            handle.loss(**batch), first.loss + losses.jensen_shannon(first.logits, second.logits).mean()
+        )
+    handle.detach()
+    handle = attached("bert", None)
+    with handle.step(5, IDS):
+        torch.testing.assert_close(handle.loss(**batch), first.loss)
+    assert handle.last.consistency is None
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "bart"])
+def test_regression_compares_pooled_representations(family: str) -> None:
+    import transformers as tf
+
+    model_class = {"llama": "LlamaForSequenceClassification", "bart": "BartForSequenceClassification"}
+    config_name, name, arguments = families.FAMILIES[family]
+    shape = getattr(tf, config_name)(vocab_size=97, num_labels=1, problem_type="regression", **arguments)
+    torch.manual_seed(0)
+    model = getattr(tf, model_class.get(family, name))(shape).train()
+    handle = hk.attach(model, config(hk.Consistency("kl")), stock_dropout="off")
+    batch = families.batch("bert")
+    batch["labels"] = torch.tensor([0.5, 1.5, 2.5])
+    if family == "bart":
+        batch["input_ids"][:, 3] = 2  # one end-of-sequence token a row, which its head reads
+    head_inputs: list[torch.Tensor] = []
+    head = model.score if family == "llama" else getattr(model, "classification_head", getattr(model, "classifier", None))
+    head.register_forward_hook(lambda module, args, output: head_inputs.append(args[0]))
+    for number in (0, 1):
+        branch(handle, number, batch)
+    pooled = []
+    for hidden in head_inputs:
+        if family == "llama":
+            hidden = hidden[torch.arange(3), batch["attention_mask"].sum(1) - 1]
+        pooled.append(hidden[:, 0] if hidden.dim() == 3 else hidden)
+    with handle.step(5, IDS):
+        handle.loss(**batch)
+    torch.testing.assert_close(handle.last.consistency, losses.kl(*pooled).mean().detach())
+
+
+def test_regression_by_mean_squared_error() -> None:
+    handle = attached("bert", hk.Consistency("mse"), {"num_labels": 1, "problem_type": "regression"})
+    batch = {**families.batch("bert"), "labels": torch.tensor([0.5, 1.5, 2.5])}
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    with handle.step(5, IDS):
+        handle.loss(**batch)
+    torch.testing.assert_close(handle.last.consistency, losses.mse(first.logits, second.logits).mean().detach())
+    handle.detach()
+    handle = attached("bert", hk.Consistency("mse"))
+    with handle.step(0, IDS), pytest.raises(hk.ConfigError, match="mean squared error compares the outputs of a regression"):
+        handle.loss(**families.batch("bert"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("gradient", ["one", "both"])
+def test_a_split_global_batch_gives_the_same_loss(family: str, gradient: str) -> None:
+    handle = attached(family, hk.Consistency("kl", gradient=gradient))
+    batch = families.batch(family)
+    items = handle.count_items(batch)
+    with handle.step(5, IDS):
+        whole = handle.compute(batch, items)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 3)):
+        with handle.step(5, IDS[rows]):
+            parts.append(handle.compute({name: value[rows] for name, value in batch.items()}, items))
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    torch.testing.assert_close(sum(part.consistency for part in parts), whole.consistency)
+    with handle.step(5, IDS):
+        torch.testing.assert_close(handle.compute(batch).loss, whole.loss)
+
+
+def test_masked_targets_carry_no_consistency() -> None:
+    handle = attached("llama", hk.Consistency("kl"))
+    batch = families.batch("llama")
+    masked = {**batch, "labels": batch["labels"].clone()}
+    masked["labels"][:, :6] = -100
+    assert handle.count_items(masked) == masked["labels"][:, 1:].ne(-100).sum() < handle.count_items(batch)
+    with handle.step(5, IDS):
+        handle.loss(**masked)
+    first, second = branch(handle, 0, batch).logits, branch(handle, 1, batch).logits
+    rows = [losses.token_rows(x, masked["labels"], shift=True) for x in (first, second)]
+    torch.testing.assert_close(handle.last.consistency, losses.kl(*rows).mean().detach())
+
+
+def test_the_output_and_input_positions_drop_elements() -> None:
+    parts = {"attention": None, "hidden": None}
+    for position in ("input", "output"):
+        handle = attached("roberta", None, **parts, **{position: hk.ElementDrop(0.5)})
+        drawn = []
+        handle.record_masks(drawn.append)
+        with handle.step(5, IDS):
+            handle.loss(**families.batch("roberta"))
+        assert [(mask.key.site, tuple(mask.keep.shape)) for mask in drawn] == [(position, (3, 1, 9, 16))]
+        real = torch.arange(9) < torch.tensor([[9], [7], [5]])
+        assert handle.realised()[position] == pytest.approx(1 - drawn[0].keep[:, 0][real].float().mean().item())
+        handle.detach()
+    handle = attached("bert", None, **parts, output=hk.ElementDrop(0.5))
+    drawn = []
+    handle.record_masks(drawn.append)
+    with handle.step(5, IDS):
+        handle.loss(**families.batch("bert"))
+    assert [tuple(mask.keep.shape) for mask in drawn] == [(3, 1, 1, 16)], "a pooled vector is row 0"
+
+
+def test_input_dropout_reaches_embeddings_given_in_place_of_ids() -> None:
+    results = []
+    for embeds in (False, True):
+        handle = attached("llama", None, attention=None, hidden=None, input=hk.ElementDrop(0.5))
+        batch = families.batch("llama")
+        if embeds:
+            batch["inputs_embeds"] = handle.model.model.embed_tokens(batch.pop("input_ids"))
+        with handle.step(5, IDS):
+            results.append(handle.loss(**batch))
+    torch.testing.assert_close(*results)
+
+
+def test_guided_spans_train() -> None:
+    handle = attached("bert", None, attention=None, hidden=hk.HiddenDrop("span", 0.3, start="attention"))
+    with handle.step(5, IDS):
+        handle.loss(**families.batch("bert")).backward()
+    # 9, 7 and 5 tokens lose round(.3 n): 3 + 2 + 2 of 21
+    assert handle.realised() == {"ffn": pytest.approx(7 / 21)}
+
+
+def test_rates_by_layer_pattern_and_realised_rates() -> None:
+    handle = attached("bert", None, rate_pattern={r"layer\.2": 0.0, r"layer\.3\.output\.dense": 0.6})
+    rates = {(row.site, row.layer): row.rate for row in handle.report().rows}
+    assert rates == {
+        **{(site, layer): 0.3 for site in ("attention", "ffn") for layer in (0, 1, 3)},
+        ("ffn", 3): 0.6,
+    }
+    with handle.step(5, IDS):
+        handle.loss(**families.batch("bert"))
+    report = handle.report()
+    for row in report.rows:
+        assert row.calls == 1
+        assert abs(row.measured - row.rate) < 0.25
+    assert "attention  0" in str(report)
+    handle.reset_counts()
+    assert handle.realised() == {}
+
+
+def test_packed_rows_use_each_documents_own_mask() -> None:
+    """Two documents in one row see the masks that they see alone."""
+    alone, packed = {}, {}
+    handle = attached("llama", None)
+    batch = families.batch("llama", rows=2, length=6)
+
+    def note(into: dict) -> None:
+        def recorder(mask) -> None:
+            for sample, keep in zip(mask.samples.tolist(), mask.keep.numpy(), strict=True):
+                into[mask.key.site, mask.key.layer, sample] = keep
+
+        handle.record_masks(recorder)
+
+    note(alone)
+    with handle.step(5, [7, 8]):
+        handle.loss(input_ids=batch["input_ids"][:, :4], labels=batch["input_ids"][:, :4])
+    note(packed)
+    row = batch["input_ids"][:, :4].reshape(1, 8)
+    ids = torch.tensor([[7] * 4 + [8] * 4])
+    positions = torch.arange(4).repeat(2)[None]
+    with handle.step(5, ids):
+        first = handle.loss(input_ids=row, labels=row, position_ids=positions, use_cache=False)
+    assert alone.keys() == packed.keys()
+    assert all(np.array_equal(alone[key], packed[key]) for key in alone)
+    with handle.step(5, ids, positions=positions):
+        torch.testing.assert_close(handle.loss(input_ids=row, labels=row, position_ids=positions, use_cache=False), first)
+    changed = row.clone()
+    changed[0, 0] = 11
+    logits = []
+    for tokens in (row, changed):
+        with handle.step(5, ids):
+            logits.append(handle.model(input_ids=tokens, position_ids=positions, use_cache=False).logits[0, 4:])
+    assert torch.equal(*logits), "a document must not see the one before it"
+
+
+def test_bfloat16_autocast() -> None:
+    for family in ("bert", "gemma2", "t5"):
+        handle = attached(family, hk.Consistency("kl"))
+        with torch.autocast("cpu", dtype=torch.bfloat16), handle.step(5, IDS):
+            loss = handle.loss(**families.batch(family))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(p.grad).all() for p in handle.model.parameters() if p.grad is not None)
