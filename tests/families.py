@@ -36,7 +36,13 @@ _BART = {
 _GPT2 = {"n_embd": 16, "n_layer": LAYERS, "n_head": 4, "n_positions": 40}
 _ALBERT = {**_BERT, "embedding_size": 8}
 _DISTIL = {"dim": 16, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 32, "max_position_embeddings": 40}
-_OPT = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "ffn_dim": 32, "word_embed_proj_dim": 16}
+_OPT = {
+    "hidden_size": 16,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "ffn_dim": 32,
+    "word_embed_proj_dim": 16,
+}
 _WINDOW = {"sliding_window": 4}
 _MODERN = {**_BERT, "local_attention": 6, "global_attn_every_n_layers": 2, "pad_token_id": 0}
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import families
 import pytest
 import torch
 import transformers as tf
 
+import families
 import hiddenkey_rs as hk
 
 
@@ -86,7 +86,9 @@ def test_families_outside_the_interface_are_refused_with_the_reason(family: str,
 
 
 def test_an_unknown_family_is_told_which_there_are() -> None:
-    model = tf.CLIPTextModel(tf.CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    model = tf.CLIPTextModel(
+        tf.CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
     with pytest.raises(hk.UnsupportedModelError, match=r"clip_text_model.*supported families: albert, bart, bert"):
         hk.attach(model, hk.HiddenKeyConfig())
 
@@ -177,7 +179,10 @@ def test_forward_code_replaced_by_another_library(model, monkeypatch) -> None:
     attention = model.bert.encoder.layer[1].attention.self
     monkeypatch.setattr(attention, "forward", lambda hidden_states, *args, **kwargs: (hidden_states, None))
     handle = hk.attach(model, hk.HiddenKeyConfig.preset("dropkey-column"), stock_dropout="off")
-    with handle.step(0, [0, 1, 2]), pytest.raises(hk.UnsupportedModelError, match=r"never called.*layer.1.attention.self"):
+    with (
+        handle.step(0, [0, 1, 2]),
+        pytest.raises(hk.UnsupportedModelError, match=r"never called.*layer.1.attention.self"),
+    ):
         handle.loss(**families.batch("bert"))
 
 
@@ -185,7 +190,7 @@ def test_the_models_own_dropout_is_warned_of_once(model, monkeypatch) -> None:
     from hiddenkey_rs.attachment import handle as module
 
     monkeypatch.setattr(module, "_warned_stock", False)
-    with pytest.warns(UserWarning, match="stock_dropout=\"off\""):
+    with pytest.warns(UserWarning, match='stock_dropout="off"'):
         hk.attach(model, hk.HiddenKeyConfig()).detach()
     import warnings
 

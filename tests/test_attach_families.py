@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 
-import families
 import numpy as np
 import pytest
 import torch
-from families import DECODERS, ENCODER_DECODERS, FAMILIES
-from reference import masks as reference
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+import families
 import hiddenkey_rs as hk
+from families import DECODERS, ENCODER_DECODERS, FAMILIES
+from reference import masks as reference
 
 SAMPLES = np.array([11, (1 << 33) + 5, 3])
 RATE = 0.4
@@ -59,7 +59,7 @@ class SlowAttention:
         drawn = reference.column(SEED, STEP, 0, layer, site, self.samples, keys, RATE, heads=heads)
         return torch.from_numpy(np.asarray(drawn, dtype=bool).reshape(len(self.samples), heads, 1, keys))
 
-    def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **extra):  # noqa: ANN001, ANN204
+    def __call__(self, module, query, key, value, mask, scaling=None, dropout=0.0, **extra):
         causal = bool(mask is not None and not mask[0, 0, 0].all() and mask[0, 0, -1].all() and mask.shape[2] > 1)
         site = self.site(module, causal and not mask[0, 0, 0, 1], query.shape[2], key.shape[2])
         groups = query.shape[1] // key.shape[1]
@@ -235,7 +235,7 @@ def test_padding_side_and_width_do_not_change_the_masks(family: str, pattern: st
         handle = hk.attach(model, drops)
         record: dict[tuple[object, int], list[np.ndarray]] = {}
 
-        def note(drawn, record=record) -> None:  # noqa: ANN001
+        def note(drawn, record=record) -> None:
             for sample, mask in zip(drawn.samples.tolist(), drawn.keep.numpy(), strict=True):
                 record.setdefault((drawn.key, sample), []).append(mask)
 

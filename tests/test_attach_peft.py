@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import families
 import peft
 import pytest
 import torch
 
+import families
 import hiddenkey_rs as hk
 
 IDS = [4, 5, 6]
@@ -93,7 +93,9 @@ def test_quantised_base() -> None:
             quantised = bnb.nn.Linear4bit(64, module.out_features, bias=False, compute_dtype=torch.float32)
             quantised.load_state_dict({"weight": module.weight.data})
             model.set_submodule(name, quantised.to("cpu"))
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    )
     grads = one_step(adapted.train(), "llama", config())
     assert any("lora_B" in name for name in grads)
 

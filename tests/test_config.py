@@ -13,7 +13,10 @@ import pytest
 import hiddenkey_rs as hk
 from hiddenkey_rs.config import rate_for, resolve_layers, threshold
 
-NAMES = ["none", *(f"{p}-{q}" for p in ("dropkey", "dropattention", "hiddencut") for q in ("element", "column", "span"))]
+NAMES = [
+    "none",
+    *(f"{p}-{q}" for p in ("dropkey", "dropattention", "hiddencut") for q in ("element", "column", "span")),
+]
 NAMES += ["hiddenkey-minus", "hiddenkey", "hiddenkey-js", "hiddenkey-input", "hiddenkey-output", "r-drop"]
 
 
@@ -42,11 +45,32 @@ def test_presets() -> None:
 
 
 def test_every_combination_survives_json_yaml_pickle_and_copies(tmp_path) -> None:
-    attention = [None, *(hk.AttentionDrop(p, q, 0.2, h) for p in ("dropkey", "dropattention") for q in ("element", "column", "span") for h in ("group", "query"))]
-    hidden = [None, *(hk.HiddenDrop(q, 0.3, r) for q in ("element", "column", "span") for r in (None, True, False)), hk.HiddenDrop("span", start="attention")]
-    consistency = [None, *(hk.Consistency(k, 0.5, g) for k, g in itertools.product(("kl", "js", "jensen-shannon", "mse"), ("one", "both")) if (k, g) != ("js", "both"))]
+    attention = [
+        None,
+        *(
+            hk.AttentionDrop(p, q, 0.2, h)
+            for p in ("dropkey", "dropattention")
+            for q in ("element", "column", "span")
+            for h in ("group", "query")
+        ),
+    ]
+    hidden = [
+        None,
+        *(hk.HiddenDrop(q, 0.3, r) for q in ("element", "column", "span") for r in (None, True, False)),
+        hk.HiddenDrop("span", start="attention"),
+    ]
+    consistency = [
+        None,
+        *(
+            hk.Consistency(k, 0.5, g)
+            for k, g in itertools.product(("kl", "js", "jensen-shannon", "mse"), ("one", "both"))
+            if (k, g) != ("js", "both")
+        ),
+    ]
     for n, (a, h, c) in enumerate(itertools.product(attention, hidden, consistency)):
-        config = hk.HiddenKeyConfig(a, h, hk.ElementDrop(0.1) if n % 2 else None, None, {"layer.3": 0.05}, c, [1, "encoder.2"], n)
+        config = hk.HiddenKeyConfig(
+            a, h, hk.ElementDrop(0.1) if n % 2 else None, None, {"layer.3": 0.05}, c, [1, "encoder.2"], n
+        )
         assert hk.HiddenKeyConfig.from_json(config.to_json()) == config
         if n % 20 == 0:
             assert hk.HiddenKeyConfig.from_yaml(config.to_yaml()) == config
@@ -59,7 +83,9 @@ def test_every_combination_survives_json_yaml_pickle_and_copies(tmp_path) -> Non
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["hiddenkey_config.json"]
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0), (1.0, 65536), (0.5, 32768), (0.1, 6554), (1e-9, 0), (0.5 / 65536, 1)])
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(0.0, 0), (1.0, 65536), (0.5, 32768), (0.1, 6554), (1e-9, 0), (0.5 / 65536, 1)]
+)
 def test_thresholds(rate: float, expected: int) -> None:
     assert threshold(rate) == expected
 
@@ -74,7 +100,10 @@ def test_thresholds(rate: float, expected: int) -> None:
         (lambda: hk.AttentionDrop(rate=True), r"got True"),
         (lambda: hk.HiddenDrop(rate=1e-6), r"multiples of 2\*\*-16 \(got 1e-06\)"),
         (lambda: hk.HiddenDrop(rate=1 - 1e-7), r"multiples of 2\*\*-16"),
-        (lambda: hk.AttentionDrop(position="dropkeys"), r"unknown attention position \(got 'dropkeys'\); did you mean 'dropkey'"),
+        (
+            lambda: hk.AttentionDrop(position="dropkeys"),
+            r"unknown attention position \(got 'dropkeys'\); did you mean 'dropkey'",
+        ),
         (lambda: hk.AttentionDrop(pattern="row"), r"unknown attention pattern \(got 'row'\); .*element, column, span"),
         (lambda: hk.AttentionDrop(heads="kv"), r"unknown heads \(got 'kv'\)"),
         (lambda: hk.HiddenDrop(start="attention"), r"only a span has a start"),
@@ -94,7 +123,10 @@ def test_thresholds(rate: float, expected: int) -> None:
         (lambda: hk.HiddenKeyConfig(rate_pattern={"(": 0.1}), r"no regular expression \(got '\('"),
         (lambda: hk.HiddenKeyConfig(rate_pattern={"a": 2}), r"rate_pattern\['a'\] must be .*got 2"),
         (lambda: hk.HiddenKeyConfig(attention={"rate": 0.1}), r"attention must be a AttentionDrop or None"),
-        (lambda: hk.HiddenKeyConfig.from_dict({"atention": None}), r"unknown key in HiddenKeyConfig \(got 'atention'\); did you mean 'attention'"),
+        (
+            lambda: hk.HiddenKeyConfig.from_dict({"atention": None}),
+            r"unknown key in HiddenKeyConfig \(got 'atention'\); did you mean 'attention'",
+        ),
         (lambda: hk.HiddenKeyConfig.from_dict({"attention": {"rates": 0.1}}), r"unknown key in AttentionDrop"),
         (lambda: hk.HiddenKeyConfig.from_json("{"), r"the config is no JSON"),
         (lambda: hk.HiddenKeyConfig.from_yaml("a: ["), r"the config is no YAML"),

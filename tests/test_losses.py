@@ -63,7 +63,11 @@ def test_half_precision_logits_are_compared_in_float32() -> None:
 def test_token_rows_are_those_that_carry_loss() -> None:
     logits = torch.arange(2 * 4 * 3).reshape(2, 4, 3).float()
     labels = torch.tensor([[-100, 5, -100, 6], [7, -100, -100, -100]])
-    assert losses.token_rows(logits, labels, shift=False).tolist() == [logits[0, 1].tolist(), logits[0, 3].tolist(), logits[1, 0].tolist()]
+    assert losses.token_rows(logits, labels, shift=False).tolist() == [
+        logits[0, 1].tolist(),
+        logits[0, 3].tolist(),
+        logits[1, 0].tolist(),
+    ]
     assert losses.token_rows(logits, labels, shift=True).tolist() == [logits[0, 0].tolist(), logits[0, 2].tolist()]
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import masks as reference
-from reference.philox import philox4x32
-from vectors import read
 
 from hiddenkey_rs import ConfigError, DataError, MaskKey, _core, masks, ops
 from hiddenkey_rs.masks import SITES
+from reference import masks as reference
+from reference.philox import philox4x32
+from vectors import read
 
 SITE_NAMES = list(SITES)
 
@@ -172,7 +172,11 @@ def test_span_starts_are_uniform() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: masks.element(MaskKey(), [0], 1, 1, 1.5), ConfigError, r"rate must be a number in \[0, 1\] \(got 1.5\)"),
+        (
+            lambda: masks.element(MaskKey(), [0], 1, 1, 1.5),
+            ConfigError,
+            r"rate must be a number in \[0, 1\] \(got 1.5\)",
+        ),
         (lambda: masks.element(MaskKey(), [0], 1, 1, float("nan")), ConfigError, "got nan"),
         (lambda: masks.element(MaskKey(), [0], 1, 1, True), ConfigError, "got True"),
         (lambda: masks.element(MaskKey(), [0], -1, 1, 0.1), ConfigError, r"rows must be .*got -1"),
@@ -187,7 +191,11 @@ def test_span_starts_are_uniform() -> None:
         (lambda: masks.column(MaskKey(), ["a"], 1, 0.1), DataError, r"sample ids must be .*<U1"),
         (lambda: masks.span(MaskKey(), [0, 1], [5], 0.1), DataError, r"1 lengths for 2 samples"),
         (lambda: masks.span(MaskKey(), [0], [2**20 + 1], 0.1), DataError, r"lengths must lie in .*got 1048577"),
-        (lambda: masks.element(MaskKey(), range(4096), 2**20, 2**20, 0.1, heads=1024), ConfigError, "does not fit into memory"),
+        (
+            lambda: masks.element(MaskKey(), range(4096), 2**20, 2**20, 0.1, heads=1024),
+            ConfigError,
+            "does not fit into memory",
+        ),
         (lambda: MaskKey(seed=-1), ConfigError, r"seed must be .*got -1"),
         (lambda: MaskKey(seed=2**64), ConfigError, r"seed must be"),
         (lambda: MaskKey(step=2**32), ConfigError, r"step must be .*got 4294967296"),
@@ -229,7 +237,9 @@ def test_words_are_handed_over_and_repr_says_what_it_is() -> None:
 
 def test_the_gil_is_released() -> None:
     done: list[float] = []
-    worker = threading.Thread(target=lambda: (masks.element(MaskKey(), [0], 1 << 12, 1 << 15, 0.1), done.append(time.perf_counter())))
+    worker = threading.Thread(
+        target=lambda: (masks.element(MaskKey(), [0], 1 << 12, 1 << 15, 0.1), done.append(time.perf_counter()))
+    )
     worker.start()
     turns = 0
     while worker.is_alive():
@@ -244,10 +254,10 @@ def test_masks_load_neither_torch_nor_transformers() -> None:
         "masks.column(MaskKey(), [1], 9, .1).to_bool();"
         "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_the_stream_is_named() -> None:
-    assert _core.STREAM == "hk1"
-    assert not _core.debug_build()
-    assert _core.simd() == "portable"
+    assert masks.engine() == {"stream": "hk1", "simd": "portable", "build": "release"}

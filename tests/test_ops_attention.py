@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference import attention as slow
 
 from hiddenkey_rs import ConfigError, ops
+from reference import attention as slow
 
 
 def inputs(batch=2, heads=4, groups=2, queries=7, keys=7, size=5, seed=0, dtype=torch.float64):
@@ -53,7 +53,9 @@ def test_equals_the_row_by_row_definition(position: str, pattern: str, kind: str
     allowed = allowed_pairs(kind, 2, 7, 7)
     keep = keep_mask(pattern, generator, 2, 4, 7, 7)
     how = {
-        "bias": torch.randn(2, 4, 7, 7, generator=generator, dtype=q.dtype) if extras in ("bias", "everything") else None,
+        "bias": torch.randn(2, 4, 7, 7, generator=generator, dtype=q.dtype)
+        if extras in ("bias", "everything")
+        else None,
         "softcap": 1.5 if extras in ("softcap", "everything") else None,
         "sinks": torch.randn(4, generator=generator, dtype=q.dtype) if extras in ("sinks", "everything") else None,
         "scaling": 0.3 if extras in ("scale", "everything") else None,
@@ -100,7 +102,9 @@ def test_sdpa_equals_the_reference(size: int) -> None:
     q, k, v, generator = inputs(queries=size, keys=size, dtype=torch.float32)
     for kind in ALLOWED[:4] if size > 1 else ["all", "causal"]:
         allowed = allowed_pairs(kind, 2, size, size)
-        kept = ops.kept_set(allowed, keep_mask("column", generator, 2, 4, size, size), rescue="own", queries=size, keys=size)
+        kept = ops.kept_set(
+            allowed, keep_mask("column", generator, 2, 4, size, size), rescue="own", queries=size, keys=size
+        )
         both = [
             ops.attention(q, k, v, allowed=allowed, kept=kept, impl=impl, scaling=0.4) for impl in ("sdpa", "reference")
         ]
@@ -116,7 +120,9 @@ def weights_and_jacobian(position: str, logits: torch.Tensor, kept: torch.Tensor
     key = torch.eye(len(logits), dtype=torch.float64)[None, None]
 
     def final(g: torch.Tensor) -> torch.Tensor:
-        w = ops.attention_weights(g[None, None, None], key, allowed=None, kept=kept[None, None, None], position=position, scaling=1.0)
+        w = ops.attention_weights(
+            g[None, None, None], key, allowed=None, kept=kept[None, None, None], position=position, scaling=1.0
+        )
         return w[0, 0, 0]
 
     return final(logits), torch.autograd.functional.jacobian(final, logits)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import families
 import peft
 import pytest
 import torch
 import transformers as tf
 from torch.utils.data import Dataset, IterableDataset
 
+import families
 import hiddenkey_rs as hk
 
 CONFIG = hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.3), hk.HiddenDrop(rate=0.3), layers="all")
@@ -44,8 +44,14 @@ class Stream(IterableDataset):
         return iter(self.items)
 
 
-def trainer(out: Path, data: Any, model: Any = None, config: Any = CONFIG, family: str = "bert", **arguments: Any) -> hk.HiddenKeyTrainer:
-    extra = {name: arguments.pop(name) for name in ("data_collator", "compute_loss_func", "eval_dataset", "compute_metrics") if name in arguments}
+def trainer(
+    out: Path, data: Any, model: Any = None, config: Any = CONFIG, family: str = "bert", **arguments: Any
+) -> hk.HiddenKeyTrainer:
+    extra = {
+        name: arguments.pop(name)
+        for name in ("data_collator", "compute_loss_func", "eval_dataset", "compute_metrics")
+        if name in arguments
+    }
     defaults = {
         "per_device_train_batch_size": 6,
         "max_steps": 4,
@@ -105,7 +111,13 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool, tmp_path: Pat
 
 def seen_ids(run: hk.HiddenKeyTrainer) -> list[int]:
     found: list[int] = []
-    run.handle.record_masks(lambda mask: found.extend(mask.samples.tolist()) if mask.key.layer == 0 and mask.key.branch == 0 and mask.key.site == "ffn" else None)
+    run.handle.record_masks(
+        lambda mask: (
+            found.extend(mask.samples.tolist())
+            if mask.key.layer == 0 and mask.key.branch == 0 and mask.key.site == "ffn"
+            else None
+        )
+    )
     run.train()
     return found
 
@@ -123,7 +135,12 @@ def test_ids_are_rows_of_the_training_set_whatever_its_type(tmp_path: Path) -> N
 def test_a_sample_id_column_wins_and_survives_every_collator(tmp_path: Path) -> None:
     named = [{**row, "sample_id": 1000 + 7 * n} for n, row in enumerate(rows("bert"))]
     expected = [1000 + 7 * n for n in range(12)]
-    for data in (named, datasets.Dataset.from_list([{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in named])):
+    for data in (
+        named,
+        datasets.Dataset.from_list(
+            [{k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()} for row in named]
+        ),
+    ):
         assert sorted(seen_ids(trainer(tmp_path, data, max_steps=2))) == expected
     assert seen_ids(trainer(tmp_path, Stream(named), max_steps=2)) == expected
 
@@ -142,7 +159,13 @@ def test_an_iterable_without_ids_and_examples_that_are_no_mappings(tmp_path: Pat
 
 
 def test_resume_is_exact(tmp_path: Path) -> None:
-    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    arguments = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+    }
     whole = trainer(tmp_path / "a", rows("bert"), **arguments)
     whole.train()
     parts = trainer(tmp_path / "b", rows("bert"), **arguments)
@@ -150,7 +173,10 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     parts.train(resume_from_checkpoint=True)
     assert furthest(weights(whole.model), weights(parts.model)) == 0.0
     names = ("loss", "task_loss", "consistency_loss", "realised_rate_attention")
-    logs = [[[e[n] for n in names] for e in t.state.log_history if e.get("step", 0) > 2 and "loss" in e] for t in (whole, parts)]
+    logs = [
+        [[e[n] for n in names] for e in t.state.log_history if e.get("step", 0) > 2 and "loss" in e]
+        for t in (whole, parts)
+    ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 4
 
@@ -200,7 +226,13 @@ def test_label_smoothing_and_a_loss_of_ones_own(tmp_path: Path) -> None:
     smooth = trainer(tmp_path, rows("bert"), label_smoothing_factor=0.2, config="none", max_steps=1)
     smooth.train()
     assert smooth.state.log_history[0]["loss"] == pytest.approx(0.69, abs=0.02)
-    own = trainer(tmp_path, rows("bert"), compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean() + 3, config="none", max_steps=1)
+    own = trainer(
+        tmp_path,
+        rows("bert"),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.logits.square().mean() + 3,
+        config="none",
+        max_steps=1,
+    )
     own.train()
     assert own.state.log_history[0]["loss"] == pytest.approx(3.0, abs=0.2)
 
@@ -209,8 +241,12 @@ def test_bfloat16_and_r_drop(tmp_path: Path) -> None:
     run = trainer(tmp_path, rows("bert"), bf16=True, max_steps=2)
     run.train()
     assert all(torch.isfinite(p).all() for p in run.model.parameters())
-    args = tf.TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1)
-    published = hk.HiddenKeyTrainer(model=families.build("bert"), args=args, train_dataset=rows("bert"), config="r-drop")
+    args = tf.TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1
+    )
+    published = hk.HiddenKeyTrainer(
+        model=families.build("bert"), args=args, train_dataset=rows("bert"), config="r-drop"
+    )
     published.train()
     assert published.state.log_history[0]["consistency_loss"] > 0
 
@@ -227,8 +263,16 @@ def test_the_adapter_carries_the_side_car(tmp_path: Path) -> None:
 
 
 def test_a_fresh_model_for_each_trial(tmp_path: Path) -> None:
-    args = tf.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
-    run = hk.HiddenKeyTrainer(model_init=lambda: families.build("bert"), args=args, train_dataset=rows("bert"), config=CONFIG, stock_dropout="off")
+    args = tf.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    run = hk.HiddenKeyTrainer(
+        model_init=lambda: families.build("bert"),
+        args=args,
+        train_dataset=rows("bert"),
+        config=CONFIG,
+        stock_dropout="off",
+    )
     first = run.handle
     run.train()
     assert run.handle is not first
@@ -239,7 +283,9 @@ def test_the_mixin_goes_in_front_of_other_trainers(tmp_path: Path) -> None:
     class Mine(hk.HiddenKeyTrainerMixin, tf.Seq2SeqTrainer):
         pass
 
-    args = tf.Seq2SeqTrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1)
+    args = tf.Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1
+    )
     run = Mine(model=families.build("t5"), args=args, train_dataset=rows("t5"), config=CONFIG, stock_dropout="off")
     run.train()
     assert {"realised_rate_cross-attention", "realised_rate_decoder-attention"} <= run.state.log_history[0].keys()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import families
 import numpy as np
 import pytest
 import torch
 
+import families
 import hiddenkey_rs as hk
 from hiddenkey_rs import losses
 
@@ -18,7 +18,9 @@ def config(consistency: hk.Consistency | None, **parts: object) -> hk.HiddenKeyC
     return hk.HiddenKeyConfig(**{**rates, "consistency": consistency, **parts})
 
 
-def attached(family: str, consistency: hk.Consistency | None, changes: dict | None = None, **parts: object) -> hk.Handle:
+def attached(
+    family: str, consistency: hk.Consistency | None, changes: dict | None = None, **parts: object
+) -> hk.Handle:
     return hk.attach(families.build(family, **(changes or {})), config(consistency, **parts), stock_dropout="off")
 
 
@@ -119,7 +121,9 @@ def test_regression_compares_pooled_representations(family: str) -> None:
     if family == "bart":
         batch["input_ids"][:, 3] = 2  # one end-of-sequence token a row, which its head reads
     head_inputs: list[torch.Tensor] = []
-    head = model.score if family == "llama" else getattr(model, "classification_head", getattr(model, "classifier", None))
+    head = (
+        model.score if family == "llama" else getattr(model, "classification_head", getattr(model, "classifier", None))
+    )
     head.register_forward_hook(lambda module, args, output: head_inputs.append(args[0]))
     for number in (0, 1):
         branch(handle, number, batch)
@@ -142,7 +146,10 @@ def test_regression_by_mean_squared_error() -> None:
     torch.testing.assert_close(handle.last.consistency, losses.mse(first.logits, second.logits).mean().detach())
     handle.detach()
     handle = attached("bert", hk.Consistency("mse"))
-    with handle.step(0, IDS), pytest.raises(hk.ConfigError, match="mean squared error compares the outputs of a regression"):
+    with (
+        handle.step(0, IDS),
+        pytest.raises(hk.ConfigError, match="mean squared error compares the outputs of a regression"),
+    ):
         handle.loss(**families.batch("bert"))
 
 
@@ -260,7 +267,9 @@ def test_packed_rows_use_each_documents_own_mask() -> None:
     assert alone.keys() == packed.keys()
     assert all(np.array_equal(alone[key], packed[key]) for key in alone)
     with handle.step(5, ids, positions=positions):
-        torch.testing.assert_close(handle.loss(input_ids=row, labels=row, position_ids=positions, use_cache=False), first)
+        torch.testing.assert_close(
+            handle.loss(input_ids=row, labels=row, position_ids=positions, use_cache=False), first
+        )
     changed = row.clone()
     changed[0, 0] = 11
     logits = []

@@ -46,7 +46,12 @@ mod simd {
             let (h0, l0) = mul512(x[0], m0);
             let (h1, l1) = mul512(x[2], m1);
             // One three-way xor each.
-            x = [_mm512_ternarylogic_epi32::<0x96>(h1, x[1], k0), l1, _mm512_ternarylogic_epi32::<0x96>(h0, x[3], k1), l0];
+            x = [
+                _mm512_ternarylogic_epi32::<0x96>(h1, x[1], k0),
+                l1,
+                _mm512_ternarylogic_epi32::<0x96>(h0, x[3], k1),
+                l0,
+            ];
         }
         x
     }
@@ -193,7 +198,9 @@ fn time(name: &str, mut work: impl FnMut(&mut [u32])) -> f64 {
 }
 
 fn main() {
-    assert!(!cfg!(debug_assertions), "a debug build is not timed");
+    if cfg!(debug_assertions) {
+        panic!("a debug build is not timed");
+    }
     let key: SiteKey = Site { seed: 1, step: 2, branch: 0, layer: 3, site: 0 }.key().expect("within limits");
     let sample = 77u64;
     let shape = Shape { samples: &[sample], heads: 1, rows: ROWS, columns: COLUMNS };

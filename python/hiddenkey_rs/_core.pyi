@@ -1,6 +1,20 @@
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "STREAM",
+    "__version__",
+    "column",
+    "debug_build",
+    "derive_key",
+    "element",
+    "philox",
+    "simd",
+    "span",
+    "threshold",
+    "unpack",
+]
+
 STREAM: str
 __version__: str
 

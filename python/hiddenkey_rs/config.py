@@ -197,7 +197,9 @@ class HiddenKeyConfig(Serialisable):
         arguments = _preset(name, {} if rate is None else {"rate": rate})
         unknown = set(changes) - set(cls.__dataclass_fields__)
         if unknown:
-            raise ConfigError(f"unknown config field (got {sorted(unknown)[0]!r}); use one of {', '.join(cls.__dataclass_fields__)}")
+            raise ConfigError(
+                f"unknown config field (got {sorted(unknown)[0]!r}); use one of {', '.join(cls.__dataclass_fields__)}"
+            )
         return cls(**{**arguments, **changes})
 
 
@@ -221,7 +223,7 @@ PRESETS = (
 )
 
 
-def _preset(name: str, rate: dict[str, float]) -> dict[str, Any]:
+def _preset(name: str, rate: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, Any] = {"attention": None, "hidden": None, "consistency": None}
     if name == "r-drop":
         return {**parts, "consistency": Consistency(gradient="both")}
@@ -315,7 +317,9 @@ def _check_layers(layers: Any) -> str | tuple[int | str, ...]:
     for entry in layers:
         number = isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0
         if not number and not (isinstance(entry, str) and re.fullmatch(r"((encoder|decoder)\.)?\d+", entry)):
-            raise ConfigError(f"a layer is a number >= 0, or written encoder.3 or decoder.3 (got {entry!r})" "; count from 0")
+            raise ConfigError(
+                f"a layer is a number >= 0, or written encoder.3 or decoder.3 (got {entry!r}); count from 0"
+            )
     return tuple(layers)
 
 

@@ -88,8 +88,9 @@ class BitMask:
         return int(np.bitwise_count(self.words).sum()) if hasattr(np, "bitwise_count") else int(self.to_bool().sum())
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, BitMask) and self.shape == other.shape
-        return same and bool(np.array_equal(self.words, other.words))  # type: ignore[union-attr]
+        return (
+            isinstance(other, BitMask) and self.shape == other.shape and bool(np.array_equal(self.words, other.words))
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -116,14 +117,14 @@ def element(key: MaskKey, samples: Any, rows: int, columns: int, rate: float, he
         >>> element(MaskKey(seed=1), [0, 1], rows=2, columns=3, rate=0.5).to_bool().shape
         (2, 1, 2, 3)
     """
-    shape = _extents(heads=heads, rows=rows, columns=columns)
-    return BitMask(_core.element(*key.words, _samples(samples), *shape, threshold(rate)), columns)
+    _extents(heads=heads, rows=rows, columns=columns)
+    return BitMask(_core.element(*key.words, _samples(samples), heads, rows, columns, threshold(rate)), columns)
 
 
 def column(key: MaskKey, samples: Any, columns: int, rate: float, heads: int = 1) -> BitMask:
     """Whole columns dropped, for all rows of a head: shape (B, heads, 1, columns). Arguments as :func:`element`."""
-    shape = _extents(heads=heads, columns=columns)
-    return BitMask(_core.column(*key.words, _samples(samples), *shape, threshold(rate)), columns)
+    _extents(heads=heads, columns=columns)
+    return BitMask(_core.column(*key.words, _samples(samples), heads, columns, threshold(rate)), columns)
 
 
 def span(key: MaskKey, samples: Any, lengths: Any, rate: float, heads: int = 1) -> BitMask:
@@ -135,9 +136,9 @@ def span(key: MaskKey, samples: Any, lengths: Any, rate: float, heads: int = 1) 
     """
     counts = _integers(lengths, "lengths", 1 << 20)
     columns = int(counts.max(initial=0))
-    shape = _extents(heads=heads, columns=columns)
+    _extents(heads=heads)
     ids = _samples(samples)
-    return BitMask(_core.span(*key.words, ids, counts.astype(np.uint32), *shape, threshold(rate)), columns)
+    return BitMask(_core.span(*key.words, ids, counts.astype(np.uint32), heads, columns, threshold(rate)), columns)
 
 
 def realised(rate: float) -> float:
@@ -145,16 +146,20 @@ def realised(rate: float) -> float:
     return threshold(rate) / RATE_LEVELS
 
 
-def _extents(**extents: int) -> tuple[int, ...]:
-    most = {"heads": 1 << 10}
-    return tuple(_integer(value, name, most.get(name, 1 << 20)) for name, value in extents.items())
+def engine() -> dict[str, str]:
+    """What makes the masks: the stream's name, the instruction set, and whether it is a debug build."""
+    return {"stream": _core.STREAM, "simd": _core.simd(), "build": "debug" if _core.debug_build() else "release"}
 
 
-def _integer(value: Any, name: str, most: int) -> int:
+def _extents(**extents: int) -> None:
+    for name, value in extents.items():
+        _integer(value, name, 1 << 10 if name == "heads" else 1 << 20)
+
+
+def _integer(value: Any, name: str, most: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 0 <= value <= most:
         raise ConfigError(f"{name} must be an integer in 0..={most} (got {value!r}); stay within the stream's limits")
-    return int(value)
 
 
 def _samples(samples: Any) -> NDArray[np.uint64]:

@@ -83,7 +83,9 @@ class Serialisable:
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"the config cannot be read (got {str(file)!r}: {error.strerror}); check the path") from None
+            raise ConfigError(
+                f"the config cannot be read (got {str(file)!r}: {error.strerror}); check the path"
+            ) from None
         if file.suffix == ".json":
             return cls.from_json(text)
         if file.suffix in (".yaml", ".yml"):

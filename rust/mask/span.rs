@@ -46,7 +46,9 @@ mod tests {
 
     #[test]
     fn lengths_of_spans() {
-        for (length, threshold, expected) in [(10, 0, 0), (0, 6554, 0), (1, 1, 1), (10, 6554, 1), (15, 6554, 2), (14, 6554, 1)] {
+        for (length, threshold, expected) in
+            [(10, 0, 0), (0, 6554, 0), (1, 1, 1), (10, 6554, 1), (15, 6554, 2), (14, 6554, 1)]
+        {
             assert_eq!(dropped(length, threshold), expected, "{length} {threshold}");
         }
         assert_eq!(dropped(7, 65536), 7);

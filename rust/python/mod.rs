@@ -14,11 +14,7 @@ use errors::raise;
 type Words<'py> = PyResult<Bound<'py, PyArrayDyn<u32>>>;
 
 /// Run `work` without the GIL and hand its words over as an array of `shape`.
-fn masks<'py>(
-    py: Python<'py>,
-    shape: [usize; 4],
-    work: impl FnOnce() -> crate::Result<Vec<u32>> + Send,
-) -> Words<'py> {
+fn masks<'py>(py: Python<'py>, shape: [usize; 4], work: impl FnOnce() -> crate::Result<Vec<u32>> + Send) -> Words<'py> {
     let words = py.detach(work).map_err(raise)?;
     PyArray1::from_vec(py, words).reshape(shape.to_vec())
 }
@@ -103,18 +99,12 @@ fn unpack<'py>(
 }
 
 #[pyfunction]
-fn philox<'py>(
-    py: Python<'py>,
-    counters: PyReadonlyArray2<'py, u32>,
-    key: (u32, u32),
-) -> Words<'py> {
+fn philox<'py>(py: Python<'py>, counters: PyReadonlyArray2<'py, u32>, key: (u32, u32)) -> Words<'py> {
     let rows = counters.as_array().nrows();
     at_most("counter words", counters.as_array().ncols() as u64, 4).map_err(raise)?;
     let flat = counters.as_slice()?;
-    let outputs: Vec<u32> = flat
-        .chunks_exact(4)
-        .flat_map(|c| philox4x32([c[0], c[1], c[2], c[3]], [key.0, key.1]))
-        .collect();
+    let outputs: Vec<u32> =
+        flat.chunks_exact(4).flat_map(|c| philox4x32([c[0], c[1], c[2], c[3]], [key.0, key.1])).collect();
     PyArray1::from_vec(py, outputs).reshape(vec![rows, 4])
 }
 

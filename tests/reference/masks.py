@@ -24,7 +24,9 @@ def site_key(seed: int, step: int, branch: int, layer: int, site: int) -> tuple[
     return left, right
 
 
-def lanes(key: tuple[int, int], pattern: str, sample: np.ndarray, head: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+def lanes(
+    key: tuple[int, int], pattern: str, sample: np.ndarray, head: np.ndarray, row: np.ndarray, column: np.ndarray
+) -> np.ndarray:
     """The 16-bit numbers that decide places of a mask; the coordinates are uint64 arrays that broadcast."""
     sample, head, row, column = np.broadcast_arrays(sample, head, row, column)
     number = 16 * (column // 128) + (column % 32) // 2
@@ -39,21 +41,46 @@ def span_draw(key: tuple[int, int], sample: int, head: int) -> int:
 
 
 def element(
-    seed: int, step: int, branch: int, layer: int, site: str, samples: Sequence[int], rows: int, columns: int, rate: float, heads: int = 1
+    seed: int,
+    step: int,
+    branch: int,
+    layer: int,
+    site: str,
+    samples: Sequence[int],
+    rows: int,
+    columns: int,
+    rate: float,
+    heads: int = 1,
 ) -> np.ndarray:
     """bool (samples, heads, rows, columns), True = keep."""
     return _grid("element", seed, step, branch, layer, site, samples, heads, rows, columns, rate)
 
 
 def column(
-    seed: int, step: int, branch: int, layer: int, site: str, samples: Sequence[int], columns: int, rate: float, heads: int = 1
+    seed: int,
+    step: int,
+    branch: int,
+    layer: int,
+    site: str,
+    samples: Sequence[int],
+    columns: int,
+    rate: float,
+    heads: int = 1,
 ) -> np.ndarray:
     """bool (samples, heads, 1, columns)."""
     return _grid("column", seed, step, branch, layer, site, samples, heads, 1, columns, rate)
 
 
 def span(
-    seed: int, step: int, branch: int, layer: int, site: str, samples: Sequence[int], lengths: Sequence[int], rate: float, heads: int = 1
+    seed: int,
+    step: int,
+    branch: int,
+    layer: int,
+    site: str,
+    samples: Sequence[int],
+    lengths: Sequence[int],
+    rate: float,
+    heads: int = 1,
 ) -> np.ndarray:
     """bool (samples, heads, 1, max(lengths))."""
     key, t = site_key(seed, step, branch, layer, SITES.index(site)), threshold(rate)

@@ -17,7 +17,10 @@ SITES = [
     (1, 2, 1, 3, 1),
     (2**64 - 1, 2**32 - 1, 255, 1023, 63),
     (0xDEADBEEF12345678, 77, 0, 5, 9),
-    *((9, step, branch, layer, site) for step, branch, layer, site in itertools.product((0, 1), (0, 1), (0, 511), (2, 7))),
+    *(
+        (9, step, branch, layer, site)
+        for step, branch, layer, site in itertools.product((0, 1), (0, 1), (0, 511), (2, 7))
+    ),
 ]
 BIG = 2**40 - 1
 

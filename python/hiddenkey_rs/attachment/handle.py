@@ -288,7 +288,10 @@ class Handle:
         if embeds is None:
             raise DataError("the stack received neither input_ids nor inputs_embeds (got None); pass one of them")
         if active.samples.ndim == 2:
-            if active.samples.shape[0] * len(active.branches) != embeds.shape[0] or active.samples.shape[1] != embeds.shape[1]:
+            if (
+                active.samples.shape[0] * len(active.branches) != embeds.shape[0]
+                or active.samples.shape[1] != embeds.shape[1]
+            ):
                 raise DataError(
                     f"packed sample ids must have the shape of the batch (got {active.samples.shape} for "
                     f"{tuple(embeds.shape[:2])}); give one id a token, -1 at padding"
@@ -412,10 +415,16 @@ def _check_model(base: transformers.PreTrainedModel) -> None:
 def _check_plan(config: HiddenKeyConfig, stacks: list[Stack]) -> None:
     attention = [site for stack in stacks for site in stack.sites if site.kind in ATTENTION_KINDS]
     if not attention:
-        raise UnsupportedModelError("no attention layer was found (got 0 sites); the model's code differs from the family's")
-    if config.drops and (config.attention or config.hidden) and not any(
-        site.drops for stack in stacks for site in stack.sites
-    ) and config.input is None and config.output is None:
+        raise UnsupportedModelError(
+            "no attention layer was found (got 0 sites); the model's code differs from the family's"
+        )
+    if (
+        config.drops
+        and (config.attention or config.hidden)
+        and not any(site.drops for stack in stacks for site in stack.sites)
+        and config.input is None
+        and config.output is None
+    ):
         raise ConfigError(
             f"the config reaches no layer of this model (got layers={config.layers!r} and "
             f"{sum(stack.depths for stack in stacks)} layer(s)); set layers='all' or name a layer"

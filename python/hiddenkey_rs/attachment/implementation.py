@@ -45,5 +45,7 @@ class Implementation:
 def implementations(model: nn.Module) -> list[Implementation]:
     """One :class:`Implementation` for every distinct config of the model and its submodels."""
     register()
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
     return [Implementation(config) for config in configs.values()]

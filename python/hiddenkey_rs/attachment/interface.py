@@ -64,7 +64,7 @@ def hiddenkey_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer. query (B, H, Q, D); key, value (B, Hkv, K, D) -> (B, Q, H, D) and no weights."""
     step: StackPass | None = kwargs.pop(PASS_KEYWORD, None)
     call = kwargs.pop(DEPTH_KEYWORD, None)
@@ -139,7 +139,9 @@ def _allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tup
     return allowed, numbers if bias is None else bias + numbers
 
 
-def _note_received(site: Site, query: Tensor, key: Tensor, allowed: Tensor | None, kept: Tensor | None, **how: Any) -> None:
+def _note_received(
+    site: Site, query: Tensor, key: Tensor, allowed: Tensor | None, kept: Tensor | None, **how: Any
+) -> None:
     """Leave the attention that each key received where an attention-guided HiddenCut span will look for it."""
     if site.kind != "attention" or not site.layer.guided:
         return

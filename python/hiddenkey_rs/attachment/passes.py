@@ -68,7 +68,9 @@ class StackPass:
         return self.encoder_tokens
 
 
-def attention_keep(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int) -> Tensor:
+def attention_keep(
+    step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int
+) -> Tensor:
     """Keep mask of an attention site over the batch: bool (B, heads, 1 or queries, keys), True = keep.
 
     ``heads`` is the number that the mask is drawn for: key/value heads or query heads, as the site says.

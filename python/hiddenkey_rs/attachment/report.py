@@ -47,7 +47,9 @@ class Report:
         lines = [f"{head}; the model's own dropout: {self.stock_dropout}"]
         cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
         return "\n".join(lines)
 
 
@@ -85,4 +87,13 @@ def _row(site: Site, depth: int) -> ReportRow:
 
 def _cells(row: ReportRow) -> tuple[str, ...]:
     measured = "-" if row.measured is None else f"{row.measured:.4f}"
-    return (row.site, str(row.layer), row.module, row.drops, f"{row.rate:g}", f"{row.realised:.6f}", measured, str(row.calls))
+    return (
+        row.site,
+        str(row.layer),
+        row.module,
+        row.drops,
+        f"{row.rate:g}",
+        f"{row.realised:.6f}",
+        measured,
+        str(row.calls),
+    )

@@ -137,7 +137,7 @@ def discover(model: nn.Module, family: Family) -> list[Stack]:
     return stacks
 
 
-def output_site(model: nn.Module) -> Site | None:
+def output_site(model: Any) -> Site | None:
     """The site in front of the classifier or language-modelling head, if the model has one."""
     for name in _HEADS:
         head = getattr(model, name, None)
@@ -168,7 +168,9 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
                 f"the model has no classifier or language-modelling head for the output position "
                 f"(got output rate {config.output.rate}); set output=None"
             )
-        output.drops[0] = SiteDrop("output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True)
+        output.drops[0] = SiteDrop(
+            "output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True
+        )
 
 
 def _depths(site: Site, stack: Stack, chosen: frozenset[int]) -> list[int]:
@@ -228,14 +230,14 @@ def stream_site(kind: str, role: str, encoder_decoder: bool) -> str:
     return f"decoder-{kind}" if beside else kind
 
 
-def _stack(module: nn.Module, name: str, spec: StackSpec, family: Family) -> Stack:
+def _stack(module: Any, name: str, spec: StackSpec, family: Family) -> Stack:
     role = spec.role or _config_role(module)
     modules = list(_layer_modules(module, spec))
     stack = Stack(module, name, role, spec, depths=len(modules))
     if spec.shared:
         stack.groups = list(module.get_submodule(spec.shared).children())
         stack.inner = len(modules) // len(stack.groups)
-        stack.depths = module.config.num_hidden_layers * stack.inner  # type: ignore[union-attr,operator]
+        stack.depths = module.config.num_hidden_layers * stack.inner
     for index, (path, layer_module) in enumerate(modules):
         layer = Layer(index % stack.inner if spec.shared else index, _join(name, path))
         for kind, below in (("attention", spec.attention), ("cross-attention", spec.cross), ("ffn", spec.ffn)):
@@ -248,7 +250,7 @@ def _stack(module: nn.Module, name: str, spec: StackSpec, family: Family) -> Sta
             if target is not None:
                 site = stream_site(kind, role, family.encoder_decoder)
                 stack.sites.append(Site(kind, site, _join(layer.name, below), target, layer, stack))
-    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    embedding = module.get_input_embeddings()
     path = next(path for path, candidate in module.named_modules() if candidate is embedding)
     embed_layer = Layer(0, _join(name, path))
     embed_site = stream_site("input", role, family.encoder_decoder)

@@ -76,9 +76,7 @@ def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dic
         return _rows(handle, part, batch, outputs, features)
 
 
-def _doubled(
-    handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]
-) -> tuple[Any, Tensor, Tensor]:
+def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
     """Both branches with gradient, as one pass over the batch twice: outputs, labels, consistency by row."""
     doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
     with handle._branches((0, 1)):

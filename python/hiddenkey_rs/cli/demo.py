@@ -18,7 +18,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to write, and the choices that change what is compared."""
-    parser.add_argument("--out", default="runs/demo", help="folder of the three runs and the picture (default: runs/demo)")
+    parser.add_argument(
+        "--out", default="runs/demo", help="folder of the three runs and the picture (default: runs/demo)"
+    )
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training set (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="of data order, new weights and masks (default: 0)")
 
@@ -31,7 +33,9 @@ def main(options: argparse.Namespace) -> int:
     from ..experiments.run_config import RunConfig
 
     out = Path(options.out)
-    base = RunConfig(model="minilm", task="demo", rank=16, lr=1e-3, epochs=options.epochs, seed=options.seed, train_eval_rows=256)
+    base = RunConfig(
+        model="minilm", task="demo", rank=16, lr=1e-3, epochs=options.epochs, seed=options.seed, train_eval_rows=256
+    )
     rows, histories = [], {}
     for name, choices in METHODS.items():
         folder = out / name.lower().replace(" ", "-").replace("+-", "")

@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
     """Versions, processor and accelerator, as people read them."""
     import torch
 
-    from .. import _core
+    from ..masks import engine
 
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -38,8 +38,9 @@ def machine() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     found["processor"] = f"{platform.machine()}, {os.cpu_count()} core(s), {torch.get_num_threads()} torch thread(s)"
-    found["mask path"] = _core.simd() + (" (debug build)" if _core.debug_build() else "")
-    found["stream"] = _core.STREAM
+    made = engine()
+    found["mask path"] = f"{made['simd']}, {made['build']} build"
+    found["stream"] = made["stream"]
     found["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "not available"
     return found
 

@@ -23,12 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind, many = _kind(hints[item.name])
         text = item.metadata["help"]
         if item.default not in (None, (), False):
-            text += f" (default: {' '.join(item.default) if many else item.default})"
+            default: Any = item.default
+            text += f" (default: {' '.join(default) if many else default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            shape = {"nargs": "+"} if many else {}
+            shape: dict[str, Any] = {"nargs": "+"} if many else {}
             parser.add_argument(flag, type=kind, metavar=item.name.upper(), **shape, **options)
 
 
@@ -78,7 +79,9 @@ def _read(path: Path) -> dict[str, Any]:
         text = " ".join(str(error).split())
         raise ConfigError(f"the run's config cannot be read (got {str(path)!r}: {text}); check the file") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"the run's config is no mapping of choices (got {type(values).__name__} in {str(path)!r}); mend it")
+        raise ConfigError(
+            f"the run's config is no mapping of choices (got {type(values).__name__} in {str(path)!r}); mend it"
+        )
     # A run's own config.json holds its choices under "run": it can be given back as it is.
     return values["run"] if isinstance(values.get("run"), dict) else values
 

@@ -54,9 +54,13 @@ def read_rows(path: str | Path) -> list[Row]:
                 for row in reader(text, file):
                     rows.append(row)
     except EOFError:
-        raise DataError(f"a gzip file ends too early (got {str(file)!r} after line {len(rows)}); fetch it again") from None
+        raise DataError(
+            f"a gzip file ends too early (got {str(file)!r} after line {len(rows)}); fetch it again"
+        ) from None
     except (gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise DataError(f"a data file cannot be read (got {str(file)!r}, line {len(rows) + 1}: {error}); mend it") from None
+        raise DataError(
+            f"a data file cannot be read (got {str(file)!r}, line {len(rows) + 1}: {error}); mend it"
+        ) from None
     if not rows:
         raise DataError(f"a data file holds no rows (got {str(file)!r}); give one row an example")
     return rows
@@ -132,7 +136,9 @@ def _check_label(row: Row, task: Task, place: str) -> None:
             raise DataError(f"a regression label is not finite (got {label!r} in {place}); mend the row")
     elif task.folder or task.name == "demo":
         if label not in range(task.num_labels):
-            raise DataError(f"a class label lies outside 0..{task.num_labels - 1} (got {label!r} in {place}); mend the row")
+            raise DataError(
+                f"a class label lies outside 0..{task.num_labels - 1} (got {label!r} in {place}); mend the row"
+            )
     elif isinstance(label, float) and not label.is_integer():
         raise DataError(f"a class label is no class (got {label!r} in {place}); use --kind regression for numbers")
 
@@ -163,7 +169,9 @@ def hold_out(rows: list[Row], seed: int, source: str | Path) -> tuple[list[Row],
     random.Random(seed).shuffle(order)
     count = max(1, round(_HELD_OUT * len(rows)))
     if count >= len(rows):
-        raise DataError(f"too few rows to hold some out for development (got {len(rows)} in {str(source)!r}); give --dev-file")
+        raise DataError(
+            f"too few rows to hold some out for development (got {len(rows)} in {str(source)!r}); give --dev-file"
+        )
     held = set(order[:count])
     return [row for n, row in enumerate(rows) if n not in held], [rows[n] for n in sorted(held)]
 
@@ -180,7 +188,9 @@ def _json_lines(text: IO[str], file: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"a line is no JSON (got {str(file)!r}, line {number}: {error.msg}); mend or remove it") from None
+                raise DataError(
+                    f"a line is no JSON (got {str(file)!r}, line {number}: {error.msg}); mend or remove it"
+                ) from None
             yield _as_row(row, file, number)
 
 
@@ -190,7 +200,9 @@ def _json(text: IO[str], file: Path) -> Iterator[Row]:
     except json.JSONDecodeError as error:
         raise DataError(f"the file is no JSON (got {str(file)!r}, line {error.lineno}: {error.msg}); mend it") from None
     if not isinstance(rows, list):
-        raise DataError(f"a JSON data file is a list of rows (got {type(rows).__name__} in {str(file)!r}); or use JSON lines")
+        raise DataError(
+            f"a JSON data file is a list of rows (got {type(rows).__name__} in {str(file)!r}); or use JSON lines"
+        )
     for number, row in enumerate(rows, start=1):
         yield _as_row(row, file, number)
 
@@ -221,7 +233,9 @@ def _parquet(file: Path) -> list[Row]:
 
 def _as_row(row: Any, file: Path, number: int) -> Row:
     if not isinstance(row, dict):
-        raise DataError(f"a row is no object of fields (got {type(row).__name__} in {str(file)!r}, line {number}); mend it")
+        raise DataError(
+            f"a row is no object of fields (got {type(row).__name__} in {str(file)!r}, line {number}); mend it"
+        )
     return {**row, "__line__": number}
 
 

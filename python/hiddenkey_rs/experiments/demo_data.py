@@ -13,7 +13,24 @@ from dataclasses import dataclass, replace
 from .data import Row, Splits
 
 TRAIN, DEV, NOISE = 512, 400, 0.15
-_NAMES = "Anna Boris Clara Dmitri Elena Felix Greta Hugo Irene Jonas Karla Louis Maria Nadia Oscar Paula".split()
+_NAMES = [
+    "Anna",
+    "Boris",
+    "Clara",
+    "Dmitri",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karla",
+    "Louis",
+    "Maria",
+    "Nadia",
+    "Oscar",
+    "Paula",
+]
 _VERBS = {
     "sold": ("sell", "sold"),
     "gave": ("hand over", "handed over"),
@@ -40,6 +57,8 @@ _TIMES = {
     "yesterday": "the day before today",
 }
 _NUMBERS = ["two", "three", "four", "five", "six", "seven"]
+
+
 @dataclass(frozen=True)
 class _Event:
     giver: str

@@ -21,8 +21,10 @@ def evaluate(
     model.eval()
     try:
         with torch.inference_mode():
-            return _language(model, examples, collate, batch_size) if task.kind == "lm" else _scored(
-                model, examples, task, collate, batch_size
+            return (
+                _language(model, examples, collate, batch_size)
+                if task.kind == "lm"
+                else _scored(model, examples, task, collate, batch_size)
             )
     finally:
         model.train(training)
@@ -36,7 +38,9 @@ def _batches(examples: list[Example], collate: Callable[..., Any], size: int, de
         yield {name: value.to(device) for name, value in batch.items()}
 
 
-def _scored(model: Any, examples: list[Example], task: Task, collate: Callable[..., Any], size: int) -> dict[str, float]:
+def _scored(
+    model: Any, examples: list[Example], task: Task, collate: Callable[..., Any], size: int
+) -> dict[str, float]:
     total, predictions, labels = 0.0, [], []
     for batch in _batches(examples, collate, size, model.device):
         output = model(**batch)

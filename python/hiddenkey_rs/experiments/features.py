@@ -28,7 +28,7 @@ def tokenise(rows: list[Row], task: Task, tokenizer: Any, max_length: int, encod
 def _classified(rows: list[Row], task: Task, tokenizer: Any, max_length: int) -> list[Example]:
     columns = [[row[field] for row in rows] for field in task.fields]
     encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    labels = [row[task.label] for row in rows]
+    labels = [row[str(task.label)] for row in rows]
     return [{**{name: encoded[name][n] for name in encoded}, "labels": labels[n]} for n in range(len(rows))]
 
 
@@ -39,7 +39,9 @@ def _causal(source: str, target: str, tokenizer: Any, max_length: int, line: int
         prompt = prompt[:-1]
     answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     if len(answer) >= max_length:
-        raise DataError(f"a target does not fit (got {len(answer)} tokens in line {line}); raise --max-length ({max_length})")
+        raise DataError(
+            f"a target does not fit (got {len(answer)} tokens in line {line}); raise --max-length ({max_length})"
+        )
     prompt = prompt[-(max_length - len(answer)) :]
     ids = prompt + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}

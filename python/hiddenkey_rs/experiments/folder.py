@@ -70,7 +70,9 @@ def check_free(out: Path) -> None:
         raise StateError(f"the output folder is a file (got {str(out)!r}); choose another --out")
     if out.is_dir() and any(out.iterdir()):
         held = "another run" if (out / CONFIG).is_file() else "other files"
-        raise StateError(f"the output folder holds {held} (got {str(out)!r}); choose another --out, or --resume a stopped run")
+        raise StateError(
+            f"the output folder holds {held} (got {str(out)!r}); choose another --out, or --resume a stopped run"
+        )
 
 
 def check_resumable(out: Path, config: RunConfig) -> None:
@@ -80,7 +82,9 @@ def check_resumable(out: Path, config: RunConfig) -> None:
     if (out / METRICS).is_file():
         raise StateError(f"the run is finished (got {str(out)!r} with {METRICS}); there is nothing to resume")
     if not any(out.glob("checkpoint-*")):
-        raise StateError(f"the run stopped before its first checkpoint (got {str(out)!r}); remove the folder and train anew")
+        raise StateError(
+            f"the run stopped before its first checkpoint (got {str(out)!r}); remove the folder and train anew"
+        )
     saved, wanted = load_config(out).to_dict(), config.to_dict()
     changed = [name for name in wanted if name not in _FREE and saved[name] != wanted[name]]
     if changed:
@@ -94,5 +98,7 @@ def check_resumable(out: Path, config: RunConfig) -> None:
 def load_config(out: Path) -> RunConfig:
     """The choices of the run in a folder."""
     if not (out / CONFIG).is_file():
-        raise StateError(f"the folder holds no run (got {str(out)!r} without {CONFIG}); give the --out of a training run")
+        raise StateError(
+            f"the folder holds no run (got {str(out)!r} without {CONFIG}); give the --out of a training run"
+        )
     return RunConfig.from_dict(json.loads((out / CONFIG).read_text(encoding="utf-8"))["run"])

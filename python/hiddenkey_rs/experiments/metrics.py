@@ -47,5 +47,5 @@ _METRICS: dict[str, Callable[[Array, Array], float]] = {
 
 
 def perplexity(loss: float) -> float:
-    """exp of a mean token loss in nats; infinite where it overflows."""
+    """Exp of a mean token loss in nats; infinite where it overflows."""
     return math.exp(loss) if loss < 700 else math.inf

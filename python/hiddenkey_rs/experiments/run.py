@@ -79,7 +79,12 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
         trainer.handle.detach()
     metrics = _metrics(config, prepared, state, model, trainer.state.global_step, started)
     folder.write_json(out / folder.METRICS, metrics)
-    curves({_name(config): state.history}, prepared.task.metric, out / folder.CURVES, f"{_name(config)} on {prepared.task.name}")
+    curves(
+        {_name(config): state.history},
+        prepared.task.metric,
+        out / folder.CURVES,
+        f"{_name(config)} on {prepared.task.name}",
+    )
     return metrics
 
 
@@ -248,7 +253,9 @@ def _recorded(config: RunConfig, trainer: Any) -> dict[str, Any]:
 
 
 def _positions(model: Any) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 1 << 20)
+    return int(
+        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 1 << 20
+    )
 
 
 def _name(config: RunConfig) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..config import (
-    HEADS,
     GRADIENTS,
+    HEADS,
     KINDS,
     PATTERNS,
     POSITIONS,
@@ -69,7 +69,9 @@ class RunConfig(Serialisable):
     lora_dropout: float = _choice(0.0, "peft's lora_dropout")
     target_modules: tuple[str, ...] | None = _choice(None, "modules that get LoRA (default: peft's for the family)")
     lr: float = _choice(3e-4, "peak learning rate")
-    schedule: str = _choice("linear", "learning-rate schedule", ("linear", "cosine", "constant", "constant_with_warmup"))
+    schedule: str = _choice(
+        "linear", "learning-rate schedule", ("linear", "cosine", "constant", "constant_with_warmup")
+    )
     warmup: float = _choice(0.06, "share of the steps that warm up")
     weight_decay: float = _choice(0.1, "AdamW's weight decay")
     label_smoothing: float = _choice(0.0, "label smoothing of the task loss")
@@ -108,9 +110,18 @@ class RunConfig(Serialisable):
             raise ConfigError(f"the learning rate must be above 0 (got {self.lr!r}); 3e-4 is a start")
         sources = [name for name in ("task", "train_file", "dataset") if getattr(self, name) is not None]
         if len(sources) != 1:
-            raise ConfigError(f"exactly one source of data is needed (got {sources or None}); give --task, --train-file or --dataset")
+            raise ConfigError(
+                f"exactly one source of data is needed (got {sources or None}); give --task, --train-file or --dataset"
+            )
+        if self.task is None and self.kind == "lm" and len(self.text_fields) != 2:
+            raise ConfigError(
+                f"a language-modelling task needs two text fields, source and target (got {list(self.text_fields)}); "
+                "give --text-fields SOURCE TARGET"
+            )
         if self.task not in (None, "demo") and self.data is None:
-            raise ConfigError(f"a task needs the folder of its files (got task {self.task!r} without data); give --data DIR")
+            raise ConfigError(
+                f"a task needs the folder of its files (got task {self.task!r} without data); give --data DIR"
+            )
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)

@@ -45,7 +45,9 @@ class RunState:
 class Watcher(TrainerCallback):
     """Evaluates every epoch, keeps the best adapter, writes ``log.jsonl`` and ``masks.jsonl``, shows progress."""
 
-    def __init__(self, out: Path, task: Task, state: RunState, evaluation: Evaluation, model: Any, log_masks: int) -> None:
+    def __init__(
+        self, out: Path, task: Task, state: RunState, evaluation: Evaluation, model: Any, log_masks: int
+    ) -> None:
         self.out, self.task, self.run, self.evaluation, self.model = out, task, state, evaluation, model
         self.handle: Handle | None = None
         self.masks_left = log_masks
@@ -92,7 +94,9 @@ class Watcher(TrainerCallback):
             replace_folder(self.out / ADAPTER, self._save_adapter)
         if self.progress is not None:
             dev = found["dev"]
-            self.progress.note(f"epoch {entry['epoch']:g}: dev loss {dev['loss']:.4f}, {self.task.metric} {dev[self.task.metric]:.4f}")
+            self.progress.note(
+                f"epoch {entry['epoch']:g}: dev loss {dev['loss']:.4f}, {self.task.metric} {dev[self.task.metric]:.4f}"
+            )
         self.clock = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -83,7 +83,15 @@ def attention(
     Softmax runs in float32 (float64 stays). Rows without an allowed key give zeros and pass no gradient.
     """
     weights = attention_weights(
-        query, key, allowed=allowed, kept=kept, position=position, scaling=scaling, bias=bias, softcap=softcap, sinks=sinks
+        query,
+        key,
+        allowed=allowed,
+        kept=kept,
+        position=position,
+        scaling=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
     ).to(query.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
@@ -103,7 +111,9 @@ def attention_weights(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """The weights that :func:`attention` multiplies values with: (B, H, Q, K), float32 or float64, zero where dropped."""
-    logits = query @ _every_head(key, query).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    logits = (
+        query @ _every_head(key, query).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    )
     if bias is not None:
         logits = logits + bias
     if softcap is not None:

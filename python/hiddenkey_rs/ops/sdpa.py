@@ -22,7 +22,13 @@ def obstacle(position: str, bias: Tensor | None, softcap: float | None, sinks: T
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, kept: Tensor | None, scaling: float | None = None, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kept: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """DropKey attention over a kept set; arguments and result as :func:`.reference.attention`."""
     key, value = _every_head(key, query), _every_head(value, query)

@@ -30,7 +30,10 @@ class WithSampleIds(Dataset[dict[str, Any]]):
         """A whole batch, for data sets that read one faster than row by row."""
         if not hasattr(self.dataset, "__getitems__"):
             return [self[row] for row in rows]
-        return [{**_mapping(item), SAMPLE_ID: int(row)} for row, item in zip(rows, self.dataset.__getitems__(rows), strict=True)]
+        return [
+            {**_mapping(item), SAMPLE_ID: int(row)}
+            for row, item in zip(rows, self.dataset.__getitems__(rows), strict=True)
+        ]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("dataset", "column_names") or name.startswith("__"):

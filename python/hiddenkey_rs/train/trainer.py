@@ -34,12 +34,21 @@ class HiddenKeyTrainerMixin:
         self, *args: Any, config: HiddenKeyConfig | str | None = None, stock_dropout: str = "keep", **kwargs: Any
     ) -> None:
         self._hiddenkey = (config, stock_dropout)
-        super().__init__(*args, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        if model is not None:  # what cannot be attached to is refused before the Trainer makes folders
+            self.handle = attach(model, config, stock_dropout)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            if hasattr(self, "handle"):
+                self.handle.detach()
+            raise
+        if not hasattr(self, "handle"):
+            self.handle = attach(self.model, config, stock_dropout)  # type: ignore[attr-defined]
         self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.handle = attach(self.model, config, stock_dropout)  # type: ignore[attr-defined]
         self._window: dict[str, Any] = {"step": 0}
 
     def call_model_init(self, trial: Any = None) -> Any:
