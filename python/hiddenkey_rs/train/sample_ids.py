@@ -48,6 +48,7 @@ class SampleIdCollator:
         self.collator = collator
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """The inner collator's batch with ``sample_id`` beside it."""
         missing = [number for number, feature in enumerate(features) if SAMPLE_ID not in feature]
         if missing:
             raise DataError(
