@@ -29,7 +29,7 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Ca
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
-	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/maturin develop -q --release
+	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/maturin develop -q --release >/dev/null
 	@touch $@
 
 demo: setup ## plain LoRA, lora_dropout and HiddenKey on built-in data; under 3 minutes

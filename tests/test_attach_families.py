@@ -280,3 +280,42 @@ def test_decoders_drop_in_their_latter_half_by_default() -> None:
         "cross-attention": {2, 3},
         "decoder-ffn": {2, 3},
     }
+
+
+def test_padded_targets_do_not_change_a_decoders_spans() -> None:
+    """Seq2seq collators pad labels and send no decoder mask: lengths then come from the labels."""
+    seen = []
+    for width in (0, 4):
+        handle = hk.attach(off(families.build("t5")), config(attention=hk.AttentionDrop(pattern="span", rate=RATE)))
+        batch = families.batch("t5")
+        batch["labels"][1, 5:] = -100
+        batch["labels"] = nn.functional.pad(batch["labels"], (0, width), value=-100)
+        record: dict[object, list[np.ndarray]] = {}
+        handle.record_masks(lambda mask, record=record: record.setdefault(mask.key, []).append(mask.keep.numpy()))
+        with handle.step(0, SAMPLES):
+            handle.loss(**batch)
+        seen.append(record)
+    assert seen[0].keys() == seen[1].keys()
+    assert all(np.array_equal(a, b) for key in seen[0] for a, b in zip(seen[0][key], seen[1][key], strict=True))
+
+
+def test_an_attached_model_can_be_forgotten() -> None:
+    import gc
+    import weakref
+
+    model = families.build("bert")
+    hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copy_of_an_attached_model_says_that_it_is_not_attached() -> None:
+    model = families.build("bert")
+    hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    twin = copy.deepcopy(model)
+    with pytest.raises(hk.StateError, match="a model that nothing is attached to"):
+        twin(**families.batch("bert"))
+    twin.set_attn_implementation("sdpa")
+    twin(**families.batch("bert"))

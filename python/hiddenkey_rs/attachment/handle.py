@@ -19,7 +19,6 @@ from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from . import hooks, report, two_pass
 from .families import family_of
 from .implementation import implementations
-from .interface import ATTENTION_SITES
 from .passes import MaskRecorder, StackPass
 from .sites import ATTENTION_KINDS, Site, Stack, discover, output_site, plan
 from .stock import StockDropout
@@ -108,6 +107,7 @@ class Handle:
         self._encoder_tokens: Tokens | None = None
         self._features: Tensor | None = None
         self._capture = False
+        self._target_mask: Tensor | None = None
         self._recorder: MaskRecorder | None = None
         self._proven = False
         self.last: two_pass.LossOutput | None = None
@@ -119,9 +119,7 @@ class Handle:
         self._implementations = implementations(self.base)
         for implementation in self._implementations:
             implementation.attach()
-        for site in self.sites:
-            if site.kind in ATTENTION_KINDS:
-                ATTENTION_SITES[site.module] = site
+        self._attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self._removers = hooks.install(self, self.stacks, self.output)
         _ATTACHED[id(self.base)] = self
         self._attached = True
@@ -132,8 +130,6 @@ class Handle:
             return
         for remover in self._removers:
             remover.remove()
-        for site in self.sites:
-            ATTENTION_SITES.pop(site.module, None)
         for implementation in self._implementations:
             implementation.detach()
         self.stock.restore()
@@ -267,12 +263,14 @@ class Handle:
 
     def _new_pass(self, stack: Stack, inputs: dict[str, Any]) -> StackPass:
         active = self._require_step()
-        tokens = self._tokens(active, inputs, "attention_mask")
+        tokens = self._tokens(stack, active, inputs)
         encoder = inputs.get("encoder_hidden_states")
         encoder_tokens = None
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
-        return StackPass(self.config.seed, active.step, tokens, encoder_tokens, self.impl, recorder=self._recorder)
+        return StackPass(
+            self.config.seed, active.step, tokens, encoder_tokens, self._attention, self.impl, recorder=self._recorder
+        )
 
     def _encoder_side(self, active: ActiveStep, inputs: dict[str, Any], encoder: Tensor) -> Tokens:
         if active.samples.ndim == 2:
@@ -282,7 +280,7 @@ class Handle:
             )
         return from_rows(active.samples, _real(inputs.get("encoder_attention_mask"), encoder), active.branches)
 
-    def _tokens(self, active: ActiveStep, inputs: dict[str, Any], mask_name: str) -> Tokens:
+    def _tokens(self, stack: Stack, active: ActiveStep, inputs: dict[str, Any]) -> Tokens:
         ids = inputs.get("input_ids")
         embeds = ids if ids is not None else inputs.get("inputs_embeds")
         if embeds is None:
@@ -297,10 +295,15 @@ class Handle:
                     f"{tuple(embeds.shape[:2])}); give one id a token, -1 at padding"
                 )
             return from_packed(active.samples, active.positions, active.branches, embeds.device)
-        return from_rows(active.samples, _real(inputs.get(mask_name), embeds), active.branches)
+        mask = inputs.get("attention_mask")
+        if mask is None and stack.role == "decoder":
+            mask = self._target_mask
+        return from_rows(active.samples, _real(mask, embeds), active.branches)
 
     def _prove_reached(self, stack: Stack, step: StackPass) -> None:
         """After the first pass: every site that should drop was called, or the model does not do what it seems to."""
+        if getattr(stack.module, "layerdrop", 0):  # LayerDrop may skip any layer of any pass
+            return
         missed = [
             site.name
             for site in stack.sites

@@ -41,6 +41,8 @@ def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
     signature = inspect.signature(stack.module.forward)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if module is not stack.module:  # a deep copy of the attached model, which is not attached
+            return args, kwargs
         inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
         step = handle._open(stack, inputs)
@@ -51,7 +53,8 @@ def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
         return args, {**kwargs, PASS_KEYWORD: step}
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        handle._close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
+        if module is stack.module:
+            handle._close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
 
     removers = [
         stack.module.register_forward_pre_hook(before, with_kwargs=True),

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,8 @@ NAME = "hiddenkey"
 PASS_KEYWORD = "hiddenkey"
 DEPTH_KEYWORD = "hiddenkey_depth"
 
-# Keyed by module so that neither state dicts, deep copies nor pickles of a model ever see our objects.
-ATTENTION_SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
-IMPLEMENTATIONS: dict[int, Implementation] = {}
-"""``id(config)`` of an attached (sub)model -> what it computed attention with before."""
+IMPLEMENTATIONS: WeakValueDictionary[int, Implementation] = WeakValueDictionary()
+"""``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the handle."""
 
 
 def register() -> None:
@@ -68,7 +66,7 @@ def hiddenkey_attention(
     """Attention of one layer. query (B, H, Q, D); key, value (B, Hkv, K, D) -> (B, Q, H, D) and no weights."""
     step: StackPass | None = kwargs.pop(PASS_KEYWORD, None)
     call = kwargs.pop(DEPTH_KEYWORD, None)
-    site = ATTENTION_SITES.get(module)
+    site = step.sites.get(module) if step is not None else None
     if step is None or site is None:
         extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {name: value for name, value in extra.items() if value is not None}

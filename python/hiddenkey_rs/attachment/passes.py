@@ -6,13 +6,13 @@ it with the layer's other arguments and a replay draws the same masks, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masks, ops
@@ -46,6 +46,8 @@ class StackPass:
     step: int
     tokens: Tokens
     encoder_tokens: Tokens | None = None
+    sites: Mapping[nn.Module, Site] = field(default_factory=dict)
+    """The attention sites of the attached model, by module."""
     impl: str = "auto"
     running: bool = True
     """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""

@@ -88,11 +88,24 @@ def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[st
 def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """One forward pass, and what the head received where the consistency term compares that."""
     handle._capture, handle._features = _compares_features(handle), None
+    handle._target_mask = _target_mask(handle, batch)
     try:
         outputs = model(**batch)
         return outputs, handle._features
     finally:
-        handle._capture, handle._features = False, None
+        handle._capture, handle._features, handle._target_mask = False, None, None
+
+
+def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
+    """The targets' real tokens, for an encoder-decoder whose batch brings no decoder mask: up to the last label."""
+    labels = batch.get("labels")
+    if (
+        not handle.base.config.is_encoder_decoder
+        or batch.get("decoder_attention_mask") is not None
+        or labels.dim() != 2
+    ):
+        return None
+    return labels.ne(losses.IGNORED).flip(1).cumsum(1).flip(1).ne(0)
 
 
 def _compares_features(handle: Handle) -> bool:
