@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
@@ -45,9 +45,31 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     implementation = IMPLEMENTATIONS.get(id(kwargs.get("config")))
     if implementation is not None and not implementation.active:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
+    padding = _padding_mask(**kwargs)
+    if padding is not None:
+        return padding
     # A skipped mask (None) would leave causality to a flag that boolean keep masks cannot be combined with.
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*args, **kwargs)
+
+
+def _padding_mask(
+    *,
+    batch_size: int = 0,
+    kv_length: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: Any = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask of an encoder without windows: all queries see the same keys, so one row (B, 1, 1, K) says it all."""
+    if mask_function is not bidirectional_mask_function or local_size is not None:
+        return None
+    if attention_mask is None:
+        return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)
+    return attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)[:, None, None]
 
 
 def hiddenkey_attention(

@@ -98,7 +98,7 @@ def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, 
 
 def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
     """The targets' real tokens, for an encoder-decoder whose batch brings no decoder mask: up to the last label."""
-    labels = batch.get("labels")
+    labels: Tensor = batch["labels"]
     if (
         not handle.base.config.is_encoder_decoder
         or batch.get("decoder_attention_mask") is not None

@@ -16,7 +16,9 @@ def drop_hidden(hidden: Tensor, keep: Tensor, scale: float = 1.0) -> Tensor:
 
     A dropped infinity or NaN becomes zero too, and its gradient is zero: the place is gone, not multiplied.
     """
-    return (hidden * scale if scale != 1.0 else hidden).masked_fill(~keep, 0.0)
+    if scale == 1.0:
+        return hidden.masked_fill(~keep, 0.0)
+    return (hidden * scale).masked_fill_(~keep, 0.0)
 
 
 def guided_span(received: Tensor, real: Tensor, lengths: Tensor, draws: Tensor, threshold: int) -> Tensor:
