@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -402,7 +404,9 @@ def _base_model(model: Any) -> Any:
 
 
 def _check_model(base: transformers.PreTrainedModel) -> None:
-    if not base._can_set_attn_implementation():
+    # transformers' own check looks for one spelling of the call; ModernBERT of transformers 5.5 writes brackets.
+    code = inspect.getsource(sys.modules[type(base).__module__]) if type(base).__module__ in sys.modules else ""
+    if not base._can_set_attn_implementation() and "ALL_ATTENTION_FUNCTIONS[" not in code:
         raise UnsupportedModelError(
             f"the model does not take its attention from transformers' attention interface (got "
             f"{type(base).__name__}, model_type {base.config.model_type!r}); use the library's own model class"
@@ -421,13 +425,9 @@ def _check_plan(config: HiddenKeyConfig, stacks: list[Stack]) -> None:
         raise UnsupportedModelError(
             "no attention layer was found (got 0 sites); the model's code differs from the family's"
         )
-    if (
-        config.drops
-        and (config.attention or config.hidden)
-        and not any(site.drops for stack in stacks for site in stack.sites)
-        and config.input is None
-        and config.output is None
-    ):
+    wanted = any(part is not None and part.rate > 0 for part in (config.attention, config.hidden))
+    reached = any(site.drops for stack in stacks for site in stack.sites if site.kind != "input")
+    if wanted and not reached:
         raise ConfigError(
             f"the config reaches no layer of this model (got layers={config.layers!r} and "
             f"{sum(stack.depths for stack in stacks)} layer(s)); set layers='all' or name a layer"
