@@ -63,7 +63,7 @@ wheel: setup ## an abi3 wheel in dist/
 all: lint test ## what CI runs
 
 clean: ## remove what was built; the environment stays
-	@rm -rf target dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf target dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .cache
 
 # Names that are kept for work on the roadmap: they say so instead of pretending.
 stats gpu compat fuzz soak evidence docs: ## on the roadmap

@@ -7,9 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Nothing outside the repository is read or written, and no test waits for a network.
+os.environ["HF_HOME"] = str(ROOT / ".cache" / "huggingface")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -96,6 +96,15 @@ def test_own_files_hold_out_and_name_their_classes(tmp_path: Path) -> None:
     assert len(both.train) == len(both.dev) == len(both.test or []) == 10
 
 
+def test_a_data_set_by_its_name_in_the_datasets_library(tmp_path: Path) -> None:
+    for split, part in (("train", LINES), ("validation", LINES)):
+        write(tmp_path / f"{split}.jsonl", part)
+    splits = data.hub_splits(TASK, str(tmp_path), None, seed=0)
+    assert (len(splits.train), len(splits.dev), splits.labels) == (10, 10, ("no", "yes"))
+    with pytest.raises(DataError, match=r"the data set cannot be loaded \(got 'no/such-set'"):
+        data.hub_splits(TASK, "no/such-set", None, seed=0)
+
+
 @pytest.mark.parametrize(
     ("row", "task", "message"),
     [

@@ -98,7 +98,13 @@ def file_splits(task: Task, train: str, dev: str | None, test: str | None, seed:
 
 def hub_splits(task: Task, name: str, config: str | None, seed: int) -> Splits:
     """A data set of the ``datasets`` library, by hub name or local folder."""
-    loaded = extra("datasets").load_dataset(name, config)
+    try:
+        loaded = extra("datasets").load_dataset(name, config)
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(
+            f"the data set cannot be loaded (got {name!r}: {text}); give a folder, or a hub name that is reachable or cached"
+        ) from None
     if "train" not in loaded:
         raise DataError(f"the data set has no training split (got {name!r} with {', '.join(loaded)}); choose another")
     rows = {split: [{**row, "__line__": n} for n, row in enumerate(loaded[split])] for split in loaded}

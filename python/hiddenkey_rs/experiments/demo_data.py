@@ -86,7 +86,10 @@ def demo_splits(seed: int = 0, train: int = TRAIN, dev: int = DEV, noise: float 
 def _pair(generator: random.Random, number: int) -> Row:
     event = _event(generator)
     label = generator.randrange(2)
-    other = event if label else _near_miss(generator, event)
+    other = event
+    while not label and other == event:  # one change or two, never one that takes the other back
+        for _ in range(generator.choice((1, 2))):
+            other = _near_miss(generator, other)
     first, second = _say(generator, event, plain=True), _say(generator, other, plain=False)
     if generator.random() < 0.5:
         first, second = second, first
