@@ -26,7 +26,7 @@ def attached(
 
 def branch(handle: hk.Handle, number: int, batch: dict) -> torch.Tensor:
     """Logits of one branch, drawn by hand."""
-    with handle.step(5, IDS), handle._branches((number,), force=True):
+    with handle.step(5, IDS), handle.session.branches((number,), force=True):
         return handle.model(**batch)
 
 

@@ -17,27 +17,27 @@ from .passes import StackPass, guided_keep, hidden_keep, pooled_keep
 from .sites import Site, SiteDrop, Stack
 
 if TYPE_CHECKING:
-    from .handle import Handle
+    from .session import Session
 
 # All hooks are closures: a closure survives deepcopy of a hooked module by reference, a bound method would copy us.
 
 
-def install(handle: Handle, stacks: list[Stack], output: Site | None) -> list[RemovableHandle]:
+def install(session: Session, stacks: list[Stack], output: Site | None) -> list[RemovableHandle]:
     """Register every hook that the plan needs; returns their removal handles."""
     removers: list[RemovableHandle] = []
     for stack in stacks:
-        removers += _install_stack(handle, stack)
+        removers += _install_stack(session, stack)
         for site in stack.sites:
             if site.kind == "ffn" and site.drops:
                 removers.append(site.module.register_forward_hook(_ffn_hook(site)))
             if site.kind == "input" and site.drops:
-                removers.append(site.module.register_forward_hook(_input_hook(handle, site)))
+                removers.append(site.module.register_forward_hook(_input_hook(session, site)))
     if output is not None:
-        removers.append(output.module.register_forward_pre_hook(_output_hook(handle, output), with_kwargs=True))
+        removers.append(output.module.register_forward_pre_hook(_output_hook(session, output), with_kwargs=True))
     return removers
 
 
-def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
+def _install_stack(session: Session, stack: Stack) -> list[RemovableHandle]:
     signature = inspect.signature(stack.module.forward)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
             return args, kwargs
         inputs = signature.bind_partial(*args, **kwargs).arguments
         inputs |= inputs.pop("kwargs", {})
-        step = handle._open(stack, inputs)
+        step = session.open(stack, inputs)
         if step is None:
             return args, kwargs
         if inputs.get("inputs_embeds") is not None:
@@ -54,18 +54,16 @@ def _install_stack(handle: Handle, stack: Stack) -> list[RemovableHandle]:
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is stack.module:
-            handle._close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
+            session.close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
 
     removers = [
         stack.module.register_forward_pre_hook(before, with_kwargs=True),
         stack.module.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
-    return removers + [
-        group.register_forward_pre_hook(_depth_hook(handle, stack), with_kwargs=True) for group in stack.groups
-    ]
+    return removers + [group.register_forward_pre_hook(_depth_hook(stack), with_kwargs=True) for group in stack.groups]
 
 
-def _depth_hook(handle: Handle, stack: Stack) -> Callable[..., Any]:
+def _depth_hook(stack: Stack) -> Callable[..., Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         step: StackPass | None = kwargs.get(PASS_KEYWORD)
         if step is None or DEPTH_KEYWORD in kwargs:
@@ -114,9 +112,9 @@ def _note(step: StackPass, site: Site, depth: int, keep: Tensor, real: Tensor) -
         site.count(depth, total - (keep & real).count_nonzero(), total)
 
 
-def _input_hook(handle: Handle, site: Site) -> Callable[..., Any]:
+def _input_hook(session: Session, site: Site) -> Callable[..., Any]:
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        step = handle._running(site.stack)
+        step = session.running(site.stack)
         return None if step is None else _cut(step, site, 0, output)
 
     return after
@@ -135,15 +133,15 @@ def _drop_inputs(
     return (*args[:place], _cut(step, site, 0, args[place]), *args[place + 1 :]), kwargs
 
 
-def _output_hook(handle: Handle, site: Site) -> Callable[..., Any]:
+def _output_hook(session: Session, site: Site) -> Callable[..., Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not args or not isinstance(args[0], Tensor):
             return None
         hidden = args[0]
-        step = handle._last_pass
+        step = session.last_pass
         if step is not None and module.training and 0 in site.drops:
             hidden = _drop_output(step, site, site.drops[0], hidden)
-        handle._see_features(hidden)
+        session.see_features(hidden)
         return (hidden, *args[1:]), kwargs
 
     return before

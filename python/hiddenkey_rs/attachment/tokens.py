@@ -7,6 +7,7 @@ the batch, so that padding side, padding width, batch composition and packing ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,5 +124,18 @@ def check_sample_ids(sample_ids: object, name: str = "sample ids") -> np.ndarray
         raise DataError(
             f"{name} must lie in [0, 2**40), with -1 for padding in packed rows only (got {value}); "
             "number the examples from 0"
+        )
+    return array.astype(np.int64)
+
+
+def check_positions(positions: Any, samples: np.ndarray) -> np.ndarray | None:
+    """``positions`` as int64 (B, L) beside packed sample ids, or ``None``."""
+    if positions is None:
+        return None
+    array = np.asarray(positions.detach().cpu() if isinstance(positions, Tensor) else positions)
+    if array.shape != samples.shape or samples.ndim != 2 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"positions go with packed sample ids, one integer a token (got {array.dtype} of shape {array.shape} for "
+            f"sample ids of shape {samples.shape}); leave them out for unpacked rows"
         )
     return array.astype(np.int64)

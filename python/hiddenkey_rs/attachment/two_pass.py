@@ -71,7 +71,7 @@ def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dic
             with _evaluating(model):
                 outputs, features = _run(handle, model, batch)
         else:
-            with handle._branches((1,), force=True):
+            with handle.session.branches((1,), force=True):
                 outputs, features = _run(handle, model, batch)
         return _rows(handle, part, batch, outputs, features)
 
@@ -79,7 +79,7 @@ def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dic
 def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
     """Both branches with gradient, as one pass over the batch twice: outputs, labels, consistency by row."""
     doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
-    with handle._branches((0, 1)):
+    with handle.session.branches((0, 1)):
         outputs, features = _run(handle, model, doubled)
     first, second = _rows(handle, part, doubled, outputs, features).chunk(2)
     return outputs, doubled["labels"], losses.consistency(part.kind, first, second, gradient="both")
@@ -87,13 +87,14 @@ def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[st
 
 def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, Tensor | None]:
     """One forward pass, and what the head received where the consistency term compares that."""
-    handle._capture, handle._features = _compares_features(handle), None
-    handle._target_mask = _target_mask(handle, batch)
+    session = handle.session
+    session.capture, session.features = _compares_features(handle), None
+    session.target_mask = _target_mask(handle, batch)
     try:
         outputs = model(**batch)
-        return outputs, handle._features
+        return outputs, session.features
     finally:
-        handle._capture, handle._features, handle._target_mask = False, None, None
+        session.capture, session.features, session.target_mask = False, None, None
 
 
 def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:

@@ -1,0 +1,67 @@
+"""What a model and a config must be before anything is attached: checked first, so that a refusal leaves no trace."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import transformers
+from torch import nn
+
+from ..config import HiddenKeyConfig
+from ..errors import ConfigError, UnsupportedModelError
+from .sites import ATTENTION_KINDS, Stack
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model itself, out of its peft wrapper."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise UnsupportedModelError(
+            f"the model is wrapped for data parallelism already (got {type(model).__name__}); attach before wrapping"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            f"the model is compiled already, and hooks added now would be ignored (got {type(model).__name__}); "
+            "attach first, then compile"
+        )
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, transformers.PreTrainedModel):
+        raise UnsupportedModelError(
+            f"only transformers models can be attached to (got {type(model).__name__}); "
+            "pass a PreTrainedModel or the PeftModel around one"
+        )
+    return base
+
+
+def check_model(base: transformers.PreTrainedModel) -> None:
+    """The model takes its attention from the interface, and runs each FFN once a layer."""
+    # transformers' own check looks for one spelling of the call; ModernBERT of transformers 5.5 writes brackets.
+    code = inspect.getsource(sys.modules[type(base).__module__]) if type(base).__module__ in sys.modules else ""
+    if not base._can_set_attn_implementation() and "ALL_ATTENTION_FUNCTIONS[" not in code:
+        raise UnsupportedModelError(
+            f"the model does not take its attention from transformers' attention interface (got "
+            f"{type(base).__name__}, model_type {base.config.model_type!r}); use the library's own model class"
+        )
+    chunk = getattr(base.config, "chunk_size_feed_forward", 0)
+    if chunk:
+        raise UnsupportedModelError(
+            f"feed-forward chunking runs the FFN several times a layer, so positions are unknown (got "
+            f"chunk_size_feed_forward={chunk}); set it to 0"
+        )
+
+
+def check_plan(config: HiddenKeyConfig, stacks: list[Stack]) -> None:
+    """What the config wants to drop is dropped somewhere."""
+    attention = [site for stack in stacks for site in stack.sites if site.kind in ATTENTION_KINDS]
+    if not attention:
+        raise UnsupportedModelError(
+            "no attention layer was found (got 0 sites); the model's code differs from the family's"
+        )
+    wanted = any(part is not None and part.rate > 0 for part in (config.attention, config.hidden))
+    reached = any(site.drops for stack in stacks for site in stack.sites if site.kind != "input")
+    if wanted and not reached:
+        raise ConfigError(
+            f"the config reaches no layer of this model (got layers={config.layers!r} and "
+            f"{sum(stack.depths for stack in stacks)} layer(s)); set layers='all' or name a layer"
+        )
