@@ -83,11 +83,6 @@ class Site:
     calls: int = 0
     counts: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    @property
-    def label(self) -> str:
-        """The name under which logs group this site's realised rates."""
-        return self.site
-
     def count(self, depth: int, dropped: Tensor, allowed: Tensor) -> None:
         """Add to the dropped and allowed totals (0-dim int64 tensors, left on their device)."""
         if depth in self.counts:
