@@ -240,6 +240,18 @@ def test_bad_input_is_one_line_and_exit_2(files, flags, message, tmp_path, capsy
     assert not out.exists(), "nothing half-done"
 
 
+def test_a_run_that_diverges_fails_with_one_line_and_exit_1(files, tmp_path, capsys) -> None:
+    assert train(files, tmp_path / "run", "--lr", "1e30", "--log-every", "1") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hiddenkey: error: training diverged (got loss nan at step")
+
+
+def test_a_missing_extra_is_named(files, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert train(files, tmp_path / "run") == 2
+    assert "pip install 'hiddenkey_rs[train]'" in capsys.readouterr().err
+
+
 def test_a_folder_that_is_taken(files: list[str], tmp_path: Path, capsys) -> None:
     assert train(files, tmp_path / "run", "--max-steps", "1") == 0
     assert train(files, tmp_path / "run", "--max-steps", "1") == 2

@@ -7,6 +7,9 @@ Every message has the form ``WHAT (got VALUE); HOW TO MEND IT``.
 class HiddenKeyError(Exception):
     """Base class of every error that this library raises on purpose."""
 
+    exit_code = 2
+    """What the command line exits with: 2 for bad input, 1 where the work itself failed."""
+
 
 class ConfigError(HiddenKeyError, ValueError):
     """A setting or an argument is outside its range, unknown, or contradicts another one."""

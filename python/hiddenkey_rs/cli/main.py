@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(importlib.import_module(f".{options.command}", __package__).main(options))
     except HiddenKeyError as error:
         print(f"hiddenkey: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("hiddenkey: interrupted", file=sys.stderr)
         return 130

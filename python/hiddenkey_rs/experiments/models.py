@@ -47,6 +47,7 @@ def add_lora(
 ) -> Any:
     """The peft model: LoRA on ``targets`` (default: peft's own for the family, query and value mostly)."""
     import peft
+    from transformers.pytorch_utils import Conv1D
 
     head = _head(task, model.config.is_encoder_decoder)
     torch.manual_seed(seed)
@@ -56,6 +57,7 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=list(targets) if targets else None,
         task_type=_TASK_TYPES[head],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed linears
     )
     try:
         return peft.get_peft_model(model, config)

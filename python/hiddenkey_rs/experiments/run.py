@@ -18,6 +18,7 @@ from . import folder
 from .data import Splits, file_splits, hub_splits, task_splits
 from .demo_data import demo_splits
 from .evaluate import evaluate
+from .extras import extra
 from .features import Example, collator, tokenise
 from .models import add_lora, load_adapter, load_model, restore_adapter
 from .report import curves
@@ -166,6 +167,8 @@ def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watc
 
     from ..train import HiddenKeyTrainer
 
+    extra("accelerate")  # the Trainer's, and an extra of ours
+
     steps = math.ceil(math.ceil(len(prepared.train) / config.batch_size) / config.accumulation)
     total = config.max_steps or steps * config.epochs
     arguments = transformers.TrainingArguments(
@@ -180,6 +183,7 @@ def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watc
         weight_decay=config.weight_decay,
         label_smoothing_factor=config.label_smoothing,
         logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,

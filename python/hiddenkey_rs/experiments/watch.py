@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +15,16 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..attachment import DrawnMask, Handle
+from ..errors import HiddenKeyError
 from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, replace_folder, write_json
 from .tasks import Task
+
+
+class DivergedError(HiddenKeyError):
+    """The training loss is no longer a number: going on would only waste time."""
+
+    exit_code = 1
+
 
 Evaluation = Callable[[], dict[str, dict[str, float]]]
 
@@ -77,6 +86,8 @@ class Watcher(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         append_line(self.out / LOG, {"step": state.global_step, **logs})
+        if not math.isfinite(logs["loss"]):
+            raise DivergedError(f"training diverged (got loss {logs['loss']} at step {state.global_step}); lower --lr")
         for name, value in logs.items():
             if name.startswith("realised_rate_"):
                 self.run.rates.setdefault(name.removeprefix("realised_rate_"), []).append(value)
