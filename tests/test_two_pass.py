@@ -184,6 +184,19 @@ def test_masked_targets_carry_no_consistency() -> None:
     torch.testing.assert_close(handle.last.consistency, losses.kl(*rows).mean().detach())
 
 
+@pytest.mark.parametrize("gradient", ["one", "both"])
+def test_a_micro_batch_without_loss_bearing_tokens_is_exactly_zero(gradient: str) -> None:
+    handle = attached("llama", hk.Consistency("kl", gradient=gradient))
+    batch = families.batch("llama")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for items in (None, 7):
+        with handle.step(5, IDS):
+            loss = handle.compute(batch, items).loss
+        loss.backward()
+        assert loss == 0
+        assert all((p.grad == 0).all() for p in handle.model.parameters() if p.grad is not None)
+
+
 def test_the_output_and_input_positions_drop_elements() -> None:
     parts = {"attention": None, "hidden": None}
     for position in ("input", "output"):

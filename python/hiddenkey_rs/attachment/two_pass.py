@@ -42,6 +42,9 @@ def compute(
     if batch.get("labels") is None:
         raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
     part = handle.config.consistency
+    # Asked before the passes, so that an accelerator's host waits for the labels alone.
+    items = count_items(handle, batch)
+    nothing = int(items) == 0
     per_row = None
     if part is None or part.weight == 0:
         outputs, _ = _run(handle, model, batch)
@@ -56,8 +59,10 @@ def compute(
         per_row = losses.consistency(part.kind, first, second, gradient="one")
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
     task = outputs.loss if task_loss is None else task_loss(outputs, labels)
-    if num_items is not None:
-        task = task * (count_items(handle, batch) / num_items)
+    if nothing:  # a mean over no tokens is NaN, and so is its gradient
+        task = 0.0 * outputs.logits.sum()
+    elif num_items is not None:
+        task = task * (items / num_items)
     if per_row is None or part is None:
         return LossOutput(task, task.detach(), None, outputs)
     consistency = losses.reduce(per_row, num_items)
