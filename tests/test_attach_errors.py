@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import transformers as tf
@@ -65,6 +67,10 @@ def test_attaching_twice(model) -> None:
     handle.detach()
     handle.detach()
     hk.attach(model, hk.HiddenKeyConfig()).detach()
+    hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")  # nobody keeps the handle
+    gc.collect()
+    with pytest.raises(hk.StateError, match="attached to this model already"):
+        hk.attach(model, hk.HiddenKeyConfig())
 
 
 @pytest.mark.parametrize(

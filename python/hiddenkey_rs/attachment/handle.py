@@ -24,7 +24,8 @@ from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
 from .stock import StockDropout
 from .tokens import check_positions, check_sample_ids
 
-_ATTACHED: WeakValueDictionary[int, Handle] = WeakValueDictionary()
+# The hooks keep the session alive as long as the model, whether or not anybody keeps the handle.
+_ATTACHED: WeakValueDictionary[int, Session] = WeakValueDictionary()
 _warned_stock = False
 
 
@@ -75,7 +76,7 @@ class Handle:
             raise ConfigError(f"unknown impl (got {impl!r}); use auto, reference or sdpa")
         self.model, self.config, self.impl = model, config, impl
         self.base = base_model(model)
-        if id(self.base) in _ATTACHED and _ATTACHED[id(self.base)].base is self.base:
+        if id(self.base) in _ATTACHED:
             raise StateError(
                 f"something is attached to this model already (got {type(self.base).__name__}); "
                 "call detach() on the first handle before attaching again"
@@ -101,7 +102,7 @@ class Handle:
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self.session = Session(self.config.seed, self.stacks, attention, found, self.impl, self.drops)
         self._removers = hooks.install(self.session, self.stacks, self.output)
-        _ATTACHED[id(self.base)] = self
+        _ATTACHED[id(self.base)] = self.session
         self._attached = True
 
     def detach(self) -> None:
