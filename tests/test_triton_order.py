@@ -23,7 +23,9 @@ def mulhilo(a, b):
     return (product >> 32).to(tl.uint32), (product & 0xFFFFFFFF).to(tl.uint32)
 
 @triton.jit
-def element_tile(out, k0, k1, sample_low, sample_high, head, threshold, row_start, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def element_tile(
+    out, k0, k1, sample_low, sample_high, head, threshold, row_start, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     rows = row_start + tl.arange(0, ROWS)
     blocks = tl.arange(0, 16)
     zero = tl.zeros((ROWS, 16), tl.uint32)
