@@ -321,3 +321,33 @@ def test_a_copy_of_an_attached_model_says_that_it_is_not_attached() -> None:
         twin(**families.batch("bert"))
     twin.set_attn_implementation("sdpa")
     twin(**families.batch("bert"))
+
+
+# The names of each family's own dropout rates, where its default is not already above 0.
+STOCK = {
+    "gpt_neox": ["attention_dropout", "hidden_dropout"],
+    "modernbert": ["attention_dropout", "mlp_dropout", "embedding_dropout"],
+    "opt": ["attention_dropout"],
+    "bart": ["attention_dropout", "activation_dropout", "classifier_dropout"],
+    "phi3": ["attention_dropout", "resid_pdrop", "embd_pdrop"],
+    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "mixtral", "gpt_oss"], ["attention_dropout"]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_dropout_off_leaves_none_of_torchs_randomness(family: str) -> None:
+    model = families.build(family, **dict.fromkeys(STOCK.get(family, []), 0.5))
+    batch = families.batch(family)
+    handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE)), stock_dropout="keep")
+    losses = []
+    for _ in range(2):
+        with handle.step(0, SAMPLES):
+            losses.append(float(handle.loss(**batch).detach()))
+    assert losses[0] != losses[1], "the model's own dropout should act here"
+    handle.detach()
+    handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE)), stock_dropout="off")
+    losses = []
+    for _ in range(2):
+        with handle.step(0, SAMPLES):
+            losses.append(float(handle.loss(**batch).detach()))
+    assert losses[0] == losses[1]

