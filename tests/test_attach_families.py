@@ -330,7 +330,7 @@ STOCK = {
     "opt": ["attention_dropout"],
     "bart": ["attention_dropout", "activation_dropout", "classifier_dropout"],
     "phi3": ["attention_dropout", "resid_pdrop", "embd_pdrop"],
-    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "mixtral", "gpt_oss"], ["attention_dropout"]),
+    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "mixtral", "gpt_oss"], ("attention_dropout",)),
 }
 
 
