@@ -73,6 +73,22 @@ def test_attaching_twice(model) -> None:
         hk.attach(model, hk.HiddenKeyConfig())
 
 
+def test_a_dead_model_is_forgotten_at_once() -> None:
+    """Its id() may come back for a new model before the cycle collector has taken its hooks."""
+    from hiddenkey_rs.attachment.handle import _ATTACHED
+
+    before = len(_ATTACHED)
+    gc.disable()
+    try:
+        model = families.build("bert")
+        handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+        assert len(_ATTACHED) == before + 1
+        del model, handle
+        assert len(_ATTACHED) == before
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

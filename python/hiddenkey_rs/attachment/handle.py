@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import numpy as np
 import transformers
@@ -24,8 +24,9 @@ from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
 from .stock import StockDropout
 from .tokens import check_positions, check_sample_ids
 
-# The hooks keep the session alive as long as the model, whether or not anybody keeps the handle.
-_ATTACHED: WeakValueDictionary[int, Session] = WeakValueDictionary()
+# Models by identity, held weakly: the hooks stay on a model whether or not anybody keeps its handle, and an id() may
+# come back for another model while a dead one's hooks still wait for the cycle collector.
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
 _warned_stock = False
 
 
@@ -76,7 +77,7 @@ class Handle:
             raise ConfigError(f"unknown impl (got {impl!r}); use auto, reference or sdpa")
         self.model, self.config, self.impl = model, config, impl
         self.base = base_model(model)
-        if id(self.base) in _ATTACHED:
+        if self.base in _ATTACHED:
             raise StateError(
                 f"something is attached to this model already (got {type(self.base).__name__}); "
                 "call detach() on the first handle before attaching again"
@@ -102,7 +103,7 @@ class Handle:
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self.session = Session(self.config.seed, self.stacks, attention, found, self.impl, self.drops)
         self._removers = hooks.install(self.session, self.stacks, self.output)
-        _ATTACHED[id(self.base)] = self.session
+        _ATTACHED.add(self.base)
         self._attached = True
 
     def detach(self) -> None:
@@ -114,7 +115,7 @@ class Handle:
         for implementation in self.session.implementations:
             implementation.detach()
         self.stock.restore()
-        _ATTACHED.pop(id(self.base), None)
+        _ATTACHED.discard(self.base)
         self._attached = False
 
     @property

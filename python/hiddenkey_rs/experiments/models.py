@@ -19,11 +19,11 @@ _TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "Se
 
 def quiet_libraries() -> None:
     """Only our own words on the terminal: no progress of loading weights, no hints of optional kernels."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before transformers, which may import it
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load_model(name: str, task: Task, seed: int) -> tuple[Any, Any]:
