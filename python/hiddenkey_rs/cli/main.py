@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks of kernels it lacks
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _Parser("hiddenkey", description="Transformer-specific dropout for LoRA fine-tuning.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ _TASK_TYPES = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "Se
 
 
 def quiet_libraries() -> None:
-    """Only our own words on the terminal: no progress of loading weights, no hints of optional kernels."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before transformers, which may import it
+    """Only our own words on the terminal: no progress of loading weights."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
