@@ -26,18 +26,26 @@ pub enum Error {
         /// Samples given.
         samples: usize,
     },
-    /// Words that do not hold rows of this many columns.
+    /// Packed words that are no rows of this many columns, or memory of another size for them.
     Words {
-        /// Words given a row.
+        /// Words given.
         words: usize,
         /// Columns asked for.
         columns: usize,
+        /// Places given to unpack into.
+        given: usize,
     },
-    /// The mask would not fit into memory.
+    /// Memory of another size than the work needs.
     Memory {
-        /// The product of the mask's dimensions, in 32-bit words (saturating).
-        words: u128,
+        /// Places given.
+        given: usize,
+        /// Places needed (saturating).
+        wanted: u128,
     },
+    /// No such instruction set, or not on this processor.
+    Simd(String),
+    /// The caller asked to stop.
+    Interrupted,
 }
 
 impl fmt::Display for Error {
@@ -50,14 +58,20 @@ impl fmt::Display for Error {
             Error::Lengths { lengths, samples } => {
                 write!(f, "there must be one length a sample (got {lengths} lengths for {samples} samples); pass both")
             }
-            Error::Words { words, columns } => write!(
+            Error::Words { words, columns, given } => write!(
                 f,
-                "rows of packed words do not hold that many columns (got {words} words a row for {columns} columns); \
-                 pass ceil(columns / 32) words a row"
+                "packed words do not hold rows of that many columns (got {words} words of {columns} columns a row for \
+                 {given} places); pass ceil(columns / 32) words a row"
             ),
-            Error::Memory { words } => {
-                write!(f, "the mask does not fit into memory (got {words} words of 4 bytes); draw fewer rows at a time")
+            Error::Memory { given, wanted } => {
+                write!(f, "memory and shape disagree (got room for {given} places, not {wanted}); pass arrays that fit")
             }
+            Error::Simd(name) => write!(
+                f,
+                "HIDDENKEY_SIMD names no instruction set of this processor (got {name:?}); use portable, avx2 or avx512, \
+                 or unset it for the fastest"
+            ),
+            Error::Interrupted => write!(f, "the call was interrupted (got a stop request); nothing was returned"),
         }
     }
 }
@@ -79,8 +93,11 @@ mod tests {
         assert_eq!(range.to_string(), "layer must lie in 0..=1023 (got 1024); stay within the stream's limits");
         assert!(Error::Rate(f64::NAN).to_string().contains("got NaN"));
         assert!(Error::Lengths { lengths: 1, samples: 2 }.to_string().contains("1 lengths for 2 samples"));
-        assert!(Error::Words { words: 1, columns: 33 }.to_string().contains("1 words a row for 33 columns"));
-        assert!(Error::Memory { words: 7 }.to_string().contains("got 7 words"));
+        let words = Error::Words { words: 1, columns: 33, given: 33 };
+        assert!(words.to_string().contains("got 1 words of 33 columns a row for 33 places"));
+        assert!(Error::Memory { given: 7, wanted: 8 }.to_string().contains("got room for 7 places, not 8"));
+        assert!(Error::Simd("sse9".into()).to_string().contains("got \"sse9\""));
+        assert!(Error::Interrupted.to_string().contains("interrupted"));
     }
 
     #[test]

@@ -1,3 +1,5 @@
+from typing import Any, TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -5,57 +7,71 @@ __all__ = [
     "STREAM",
     "__version__",
     "column",
-    "debug_build",
     "derive_key",
+    "dropout",
+    "dropout_rows",
     "element",
-    "philox",
-    "simd",
+    "info",
+    "plan",
+    "set_threads",
     "span",
-    "threshold",
     "unpack",
 ]
 
 STREAM: str
 __version__: str
 
+_Site: TypeAlias = tuple[int, int, int, int, int]
+_Hidden: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32]] | tuple[NDArray[np.uint16], NDArray[np.uint16]]
+
 def element(
-    seed: int,
-    step: int,
-    branch: int,
-    layer: int,
-    site: int,
+    site: _Site,
     samples: NDArray[np.uint64],
     heads: int,
     rows: int,
     columns: int,
     threshold: int,
-) -> NDArray[np.uint32]: ...
+    out: NDArray[np.uint32] | NDArray[np.uint8],
+) -> None: ...
 def column(
-    seed: int,
-    step: int,
-    branch: int,
-    layer: int,
-    site: int,
+    site: _Site,
     samples: NDArray[np.uint64],
+    lengths: NDArray[np.uint32] | None,
     heads: int,
     columns: int,
     threshold: int,
-) -> NDArray[np.uint32]: ...
+    out: NDArray[np.uint32],
+) -> None: ...
 def span(
-    seed: int,
-    step: int,
-    branch: int,
-    layer: int,
-    site: int,
+    site: _Site,
     samples: NDArray[np.uint64],
     lengths: NDArray[np.uint32],
     heads: int,
     columns: int,
     threshold: int,
-) -> NDArray[np.uint32]: ...
-def unpack(words: NDArray[np.uint32], columns: int) -> NDArray[np.bool_]: ...
-def philox(counters: NDArray[np.uint32], key: tuple[int, int]) -> NDArray[np.uint32]: ...
-def derive_key(seed: int, step: int, branch: int, layer: int, site: int) -> tuple[int, int]: ...
-def threshold(rate: float) -> int: ...
-def simd() -> str: ...
-def debug_build() -> bool: ...
+    out: NDArray[np.uint32],
+) -> None: ...
+def unpack(words: NDArray[np.uint32], columns: int, out: NDArray[np.uint8]) -> None: ...
+def plan(
+    seed: int,
+    step: int,
+    entries: NDArray[np.uint64],
+    samples: NDArray[np.uint64],
+    branches: NDArray[np.uint64],
+    lengths: NDArray[np.uint32],
+    columns: int,
+    words: NDArray[np.uint32],
+    counts: NDArray[np.uint32],
+) -> None: ...
+def dropout(
+    site_key: tuple[int, int],
+    samples: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    threshold: int,
+    scale: float,
+    hidden: _Hidden,
+) -> int: ...
+def dropout_rows(keep: NDArray[np.uint8], scale: float, hidden: _Hidden) -> None: ...
+def derive_key(site: _Site) -> tuple[int, int]: ...
+def info() -> dict[str, Any]: ...
+def set_threads(count: int) -> None: ...

@@ -6,7 +6,7 @@ Stream ``hk1``: the counter table is in DESIGN.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,9 @@ SITES = {
 }
 """Places that draw masks, and their codes in the stream. The plain names are the only stack's or the encoder's."""
 
+_WORD, _BOOL = np.dtype(np.uint32), np.dtype(np.bool_)
+_SIGNED, _UNSIGNED = np.dtype(np.int64), np.dtype(np.uint64)
+
 
 @dataclass(frozen=True)
 class MaskKey:
@@ -47,35 +50,45 @@ class MaskKey:
     branch: int = 0
     layer: int = 0
     site: str = "attention"
+    words: tuple[int, int, int, int, int] = field(init=False, repr=False, compare=False)
+    """(seed, step, branch, layer, site code), as the core takes them."""
 
     def __post_init__(self) -> None:
         for name, bits in (("seed", 64), ("step", 32), ("branch", 8), ("layer", 10)):
-            _integer(getattr(self, name), name, (1 << bits) - 1)
+            check_integer(getattr(self, name), name, (1 << bits) - 1)
         choice(self.site, SITES, "site")
+        words = (int(self.seed), int(self.step), int(self.branch), int(self.layer), SITES[self.site])
+        object.__setattr__(self, "words", words)
 
-    @property
-    def words(self) -> tuple[int, int, int, int, int]:
-        """(seed, step, branch, layer, site code), as the core takes them."""
-        return self.seed, self.step, self.branch, self.layer, SITES[self.site]
+    def derive(self) -> tuple[int, int]:
+        """The Philox key of this site, two 32-bit words."""
+        return _core.derive_key(self.words)
 
 
 class BitMask:
     """A packed mask. Bit i of word j of a row is column 32 j + i; 1 = keep; bits past the last column are 0.
 
     Attributes:
-        words: uint32 (..., ceil(columns / 32)), the core's own memory.
-        shape: the mask's shape, (samples, heads, rows, columns).
+        words: uint32 (..., ceil(columns / 32)).
+        columns: how many columns a row has.
     """
 
-    __slots__ = ("shape", "words")
+    __slots__ = ("columns", "words")
 
     def __init__(self, words: NDArray[np.uint32], columns: int) -> None:
         self.words = words
-        self.shape: tuple[int, ...] = (*words.shape[:-1], columns)
+        self.columns = columns
 
-    def to_bool(self) -> NDArray[np.bool_]:
-        """One bool a decision, True = keep, of :attr:`shape`."""
-        return _core.unpack(self.words, self.shape[-1])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The mask's shape, (samples, heads, rows, columns)."""
+        return (*self.words.shape[:-1], self.columns)
+
+    def to_bool(self, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """One bool a decision, True = keep, of :attr:`shape`; written into ``out`` if given."""
+        keep = np.empty(self.shape, _BOOL) if out is None else _fitting(out, self.shape, _BOOL)
+        _core.unpack(self.words, self.columns, keep.view(np.uint8))
+        return keep
 
     def to_torch(self, device: str | torch.device = "cpu") -> torch.Tensor:
         """:meth:`to_bool` as a torch tensor on ``device``."""
@@ -98,7 +111,15 @@ class BitMask:
         return f"BitMask(shape={self.shape}, kept={self.kept()})"
 
 
-def element(key: MaskKey, samples: Any, rows: int, columns: int, rate: float, heads: int = 1) -> BitMask:
+def element(
+    key: MaskKey,
+    samples: Any,
+    rows: int,
+    columns: int,
+    rate: float,
+    heads: int = 1,
+    out: NDArray[np.uint32] | None = None,
+) -> BitMask:
     """Every (row, column) dropped on its own with probability ``rate``.
 
     Args:
@@ -106,39 +127,156 @@ def element(key: MaskKey, samples: Any, rows: int, columns: int, rate: float, he
         samples: (B,) integers in [0, 2**40), the examples' ids.
         rows, columns: 0..2**20. heads: 0..2**10.
         rate: in [0, 1]; realised as :func:`realised`.
+        out: uint32 (B, heads, rows, ceil(columns / 32)), contiguous; memory to write into and hand back.
 
     Returns:
         A mask of shape (B, heads, rows, columns).
 
     Raises:
-        ConfigError: a rate, extent or key out of range. DataError: sample ids that are none.
+        ConfigError: a rate, extent or key out of range, a mask too large for memory. DataError: sample ids that are none.
 
     Example:
         >>> element(MaskKey(seed=1), [0, 1], rows=2, columns=3, rate=0.5).to_bool().shape
         (2, 1, 2, 3)
     """
-    _extents(heads=heads, rows=rows, columns=columns)
-    return BitMask(_core.element(*key.words, _samples(samples), heads, rows, columns, threshold(rate)), columns)
+    ids = _samples(samples)
+    words = _room(out, (ids.size, heads, rows, columns), _WORD)
+    try:
+        _core.element(key.words, ids, heads, rows, columns, threshold(rate), words)
+    except DataError:
+        _recheck(samples)
+        raise
+    return BitMask(words, columns)
 
 
-def column(key: MaskKey, samples: Any, columns: int, rate: float, heads: int = 1) -> BitMask:
-    """Whole columns dropped, for all rows of a head: shape (B, heads, 1, columns). Arguments as :func:`element`."""
-    _extents(heads=heads, columns=columns)
-    return BitMask(_core.column(*key.words, _samples(samples), heads, columns, threshold(rate)), columns)
+def element_bool(
+    key: MaskKey,
+    samples: Any,
+    rows: int,
+    columns: int,
+    rate: float,
+    heads: int = 1,
+    out: NDArray[np.bool_] | None = None,
+) -> NDArray[np.bool_]:
+    """The mask of :func:`element` unpacked, bool (B, heads, rows, columns), without ever packing it.
+
+    ``out``: a contiguous bool array of that shape to write into and hand back. The rest as :func:`element`.
+    """
+    ids = _samples(samples)
+    keep = _room(out, (ids.size, heads, rows, columns), _BOOL)
+    try:
+        _core.element(key.words, ids, heads, rows, columns, threshold(rate), keep.view(np.uint8))
+    except DataError:
+        _recheck(samples)
+        raise
+    return keep
 
 
-def span(key: MaskKey, samples: Any, lengths: Any, rate: float, heads: int = 1) -> BitMask:
-    """One contiguous block dropped of each example's ``lengths`` columns: shape (B, heads, 1, max(lengths)).
+def column(
+    key: MaskKey,
+    samples: Any,
+    columns: int,
+    rate: float,
+    heads: int = 1,
+    lengths: Any = None,
+    out: NDArray[np.uint32] | None = None,
+) -> BitMask:
+    """Whole columns dropped, for all rows of a head: shape (B, heads, 1, columns).
+
+    ``lengths``: (B,) integers in [0, columns], the examples' real lengths; columns past one are 0. Default: all are real.
+    The rest as :func:`element`.
+    """
+    ids = _samples(samples)
+    words = _room(out, (ids.size, heads, 1, columns), _WORD)
+    counts = None if lengths is None else _lengths(lengths)
+    try:
+        _core.column(key.words, ids, counts, heads, columns, threshold(rate), words)
+    except DataError:
+        _recheck(samples)
+        raise
+    return BitMask(words, columns)
+
+
+def span(
+    key: MaskKey,
+    samples: Any,
+    lengths: Any,
+    rate: float,
+    heads: int = 1,
+    columns: int | None = None,
+    out: NDArray[np.uint32] | None = None,
+) -> BitMask:
+    """One contiguous block dropped of each example's ``lengths`` columns: shape (B, heads, 1, columns).
 
     ``lengths``: (B,) integers in [0, 2**20]. Of a length n > 0 and a rate > 0, round(rate n), at least 1, columns go;
-    every place where the whole block fits is equally likely. Columns past a length are 0. The rest as
-    :func:`element`.
+    every place where the whole block fits is equally likely. Columns past a length are 0; ``columns`` defaults to
+    max(lengths). The rest as :func:`element`.
     """
-    counts = _integers(lengths, "lengths", 1 << 20)
-    columns = int(counts.max(initial=0))
-    _extents(heads=heads)
+    counts = _lengths(lengths)
+    width = int(counts.max(initial=0)) if columns is None else columns
     ids = _samples(samples)
-    return BitMask(_core.span(*key.words, ids, counts.astype(np.uint32), heads, columns, threshold(rate)), columns)
+    words = _room(out, (ids.size, heads, 1, width), _WORD)
+    try:
+        _core.span(key.words, ids, counts, heads, width, threshold(rate), words)
+    except DataError:
+        _recheck(samples)
+        raise
+    return BitMask(words, width)
+
+
+def fill_plan(
+    seed: int,
+    step: int,
+    entries: NDArray[np.uint64],
+    samples: NDArray[np.int64],
+    branches: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    columns: int,
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Column and span masks of many sites at once; :func:`hiddenkey_rs.plan_step` is what people call.
+
+    Args:
+        seed, step: as in :class:`MaskKey`.
+        entries: (n, 5): layer, site code, pattern (1 column, 2 span), heads, threshold.
+        samples, branches, lengths: (D,), one a document.
+        columns: of every mask; at least max(lengths).
+
+    Returns:
+        (words, counts): one entry's masks behind the other, flat: (D, heads, ceil(columns / 32)) words, (D, heads) counts.
+    """
+    rows = int(entries[:, 3].sum()) * len(samples)
+    words = _room(None, (rows, 1, 1, columns), _WORD).reshape(-1)
+    counts = np.empty(rows, dtype=np.uint32)
+    ids, passes = _samples(samples), branches.astype(np.uint64)
+    _core.plan(seed, step, np.ascontiguousarray(entries), ids, passes, _lengths(lengths), columns, words, counts)
+    return words, counts
+
+
+def drop_elements(
+    site_key: tuple[int, int],
+    samples: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    rate_threshold: int,
+    scale: float,
+    hidden: NDArray[Any],
+    out: NDArray[Any],
+) -> int:
+    """``out = keep ? hidden * scale : 0``, the element mask's row being (sample, position); nothing else is stored.
+
+    Args:
+        site_key: :meth:`MaskKey.derive`. rate_threshold: 0..65536. scale: the product is taken in float32.
+        samples, positions: (N,), one a row of ``hidden``; a row of sample -1 is padding and becomes zero.
+        hidden, out: contiguous, N rows of equal width; float32, or bfloat16 as uint16.
+
+    Returns:
+        How many places were kept, those of padding not counted.
+    """
+    return _core.dropout(site_key, samples, positions, rate_threshold, scale, (hidden, out))
+
+
+def drop_rows(keep: NDArray[np.bool_], scale: float, hidden: NDArray[Any], out: NDArray[Any]) -> None:
+    """``out = keep ? hidden * scale : 0`` for one ``keep`` (N,) a row; ``hidden`` and ``out`` as :func:`drop_elements`."""
+    _core.dropout_rows(keep.view(np.uint8), scale, (hidden, out))
 
 
 def realised(rate: float) -> float:
@@ -146,27 +284,88 @@ def realised(rate: float) -> float:
     return threshold(rate) / RATE_LEVELS
 
 
-def engine() -> dict[str, str]:
-    """What makes the masks: the stream's name, the instruction set, and whether it is a debug build."""
-    return {"stream": _core.STREAM, "simd": _core.simd(), "build": "debug" if _core.debug_build() else "release"}
+def engine() -> dict[str, Any]:
+    """What makes the masks: ``stream``, ``simd`` (portable, avx2 or avx512), ``threads`` and ``build``.
+
+    ``HIDDENKEY_SIMD`` forces an instruction set; every one makes the same bits.
+    """
+    return _core.info()
 
 
-def _extents(**extents: int) -> None:
-    for name, value in extents.items():
-        _integer(value, name, 1 << 10 if name == "heads" else 1 << 20)
+def set_num_threads(count: int) -> None:
+    """Use at most ``count`` threads for a call, 1..1024. Bits do not depend on it.
+
+    Default: ``RAYON_NUM_THREADS``, else the processors that affinity and control groups leave the process.
+    """
+    if count == 0:
+        raise ConfigError("threads must be an integer in 1..=1024 (got 0); 1 works on the calling thread alone")
+    check_integer(count, "threads", 1024)
+    _core.set_threads(int(count))
 
 
-def _integer(value: Any, name: str, most: int) -> None:
+def get_num_threads() -> int:
+    """How many threads a call uses at most."""
+    return int(_core.info()["threads"])
+
+
+def _room(out: NDArray[Any] | None, shape: tuple[int, int, int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory for a mask of ``shape`` (samples, heads, rows, columns): ``out`` if it is that, else new."""
+    count, heads, rows, columns = shape
+    # Told apart in one breath: small masks take two microseconds, and three calls would be a third of that.
+    if not (
+        type(heads) is int
+        and type(rows) is int
+        and type(columns) is int
+        and 0 <= heads <= 1 << 10
+        and 0 <= rows <= 1 << 20
+        and 0 <= columns <= 1 << 20
+    ):
+        for name, value, bits in (("heads", heads, 10), ("rows", rows, 20), ("columns", columns, 20)):
+            check_integer(value, name, 1 << bits)
+    places = (count, heads, rows, (columns + 31) >> 5 if dtype is _WORD else columns)
+    if out is None:
+        try:
+            return np.empty(places, dtype)
+        except (MemoryError, ValueError) as error:
+            raise ConfigError(
+                f"the mask does not fit into memory (got shape {shape}: {error}); draw fewer rows at a time"
+            ) from None
+    return _fitting(out, places, dtype)
+
+
+def _fitting(out: NDArray[Any], places: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    if out.shape != places or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ConfigError(
+            f"out must be a writeable, contiguous array of the mask's shape (got {out.dtype} of shape {out.shape}); "
+            f"pass {dtype} of shape {places}"
+        )
+    return out
+
+
+def check_integer(value: Any, name: str, most: int) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 0 <= value <= most:
         raise ConfigError(f"{name} must be an integer in 0..={most} (got {value!r}); stay within the stream's limits")
 
 
 def _samples(samples: Any) -> NDArray[np.uint64]:
-    return _integers(samples, "sample ids", (1 << 40) - 1).astype(np.uint64)
+    """Sample ids as the core takes them. It checks their range: negative ones arrive there as huge ones."""
+    array = np.ascontiguousarray(samples)
+    if array.ndim == 1 and (array.dtype is _SIGNED or array.dtype is _UNSIGNED):
+        return array.view(np.uint64)
+    return check_integers(samples, "sample ids", (1 << 40) - 1).astype(np.uint64)
 
 
-def _integers(values: Any, name: str, most: int) -> NDArray[Any]:
+def _recheck(samples: Any) -> None:
+    """After the core refused: the same complaint about the ids as they were given, if it was about them."""
+    check_integers(samples, "sample ids", (1 << 40) - 1)
+
+
+def _lengths(lengths: Any) -> NDArray[np.uint32]:
+    return check_integers(lengths, "lengths", 1 << 20).astype(np.uint32)
+
+
+def check_integers(values: Any, name: str, most: int) -> NDArray[Any]:
     array = np.ascontiguousarray(values)
     if array.size == 0 and array.ndim == 1:
         return array.astype(np.int64)

@@ -1,61 +1,56 @@
 //! Packed bits: bit i of word j is column 32 j + i, rows padded to whole words, tail bits zero.
 
 use crate::error::{Error, Result};
-use crate::rng::philox::LANES;
+use crate::threads::{PIECE, Run};
 
 /// Words a row of `columns` takes.
 pub const fn words(columns: usize) -> usize {
     columns.div_ceil(32)
 }
 
-/// One output word of 16 consecutive counters to 32 mask bits: bit 2 b + h = half h of counter b reaches `threshold`.
-#[inline(always)]
-pub fn pack(lanes: &[u32; LANES], threshold: u32) -> u32 {
-    // half >= t  <=>  half + (65536 - t) carries into bit 16: no comparison, so the compiler vectorises it everywhere.
-    let carry = (1 << 16) - threshold;
-    let mut pairs = [0u32; LANES];
-    for (pair, &x) in pairs.iter_mut().zip(lanes) {
-        *pair = ((x & 0xFFFF) + carry) >> 16 | (((x >> 16) + carry) >> 15 & 2);
-    }
-    pairs.iter().enumerate().fold(0, |word, (b, pair)| word | pair << (2 * b))
-}
-
-/// Zero the bits past the last column of a row.
+/// Zero the bits from column `from` to the row's end.
 #[inline]
-pub fn clear_tail(row: &mut [u32], columns: usize) {
-    if let (Some(last), tail @ 1..) = (row.last_mut(), columns % 32) {
-        *last &= (1 << tail) - 1;
-    }
+pub fn clear_from(row: &mut [u32], from: usize) {
+    let end = 32 * row.len();
+    clear(row, from, end);
 }
 
-/// Set the bits `from..to` of a row.
-pub fn set(row: &mut [u32], from: usize, to: usize) {
-    for (j, word) in row.iter_mut().enumerate() {
-        let (low, high) = (from.clamp(32 * j, 32 * j + 32) - 32 * j, to.clamp(32 * j, 32 * j + 32) - 32 * j);
-        if low < high {
-            *word |= (u32::MAX >> (32 - (high - low))) << low;
-        }
+/// Zero the bits of columns `from..to`.
+#[inline]
+pub fn clear(row: &mut [u32], from: usize, to: usize) {
+    if from >= to {
+        return;
     }
+    let (first, last) = (from / 32, (to - 1) / 32);
+    let below = (1 << (from % 32)) - 1;
+    let above = !(u32::MAX >> (31 - (to - 1) % 32));
+    if first == last {
+        row[first] &= below | above;
+        return;
+    }
+    row[first] &= below;
+    row[first + 1..last].fill(0);
+    row[last] &= above;
 }
 
-/// Packed rows to one bool a column.
-pub fn unpack(packed: &[u32], columns: usize, words_a_row: usize) -> Result<Vec<bool>> {
-    if words_a_row != words(columns) {
-        return Err(Error::Words { words: words_a_row, columns });
+/// Packed rows of `columns` to one byte, 0 or 1, a column.
+pub fn unpack(run: &Run<'_>, packed: &[u32], columns: usize, out: &mut [u8]) -> Result<()> {
+    let width = words(columns);
+    let rows = packed.len().checked_div(width).unwrap_or(0);
+    if rows * width != packed.len() || rows * columns != out.len() {
+        return Err(Error::Words { words: packed.len(), columns, given: out.len() });
     }
-    let rows = packed.len().checked_div(words_a_row).unwrap_or(0);
-    let mut keep = Vec::new();
-    let total = rows.saturating_mul(columns);
-    if keep.try_reserve_exact(total).is_err() {
-        return Err(Error::Memory { words: total as u128 / 4 });
+    if out.is_empty() {
+        return Ok(());
     }
-    for row in packed.chunks_exact(words_a_row.max(1)) {
-        for (j, &word) in row.iter().enumerate() {
-            let expanded: [bool; 32] = std::array::from_fn(|i| word >> i & 1 == 1);
-            keep.extend_from_slice(&expanded[..(columns - 32 * j).min(32)]);
+    let rows = (PIECE / columns).max(1);
+    let engine = run.engine;
+    let pieces = out.len().div_ceil(rows * columns);
+    run.for_each(packed.chunks(rows * width).zip(out.chunks_mut(rows * columns)), pieces, |(packed, out)| {
+        for (words, bytes) in packed.chunks_exact(width).zip(out.chunks_exact_mut(columns)) {
+            engine.unpack(words, bytes);
         }
-    }
-    Ok(keep)
+    })
 }
 
 #[cfg(test)]
@@ -63,42 +58,30 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    #[test]
-    fn clears_only_past_the_last_column() {
-        for (columns, expected) in [(1, 1), (31, u32::MAX >> 1), (32, u32::MAX)] {
-            let mut row = [u32::MAX];
-            clear_tail(&mut row, columns);
-            assert_eq!(row[0], expected);
-        }
-        clear_tail(&mut [], 0);
-    }
-
     proptest! {
         #[test]
-        fn packing_compares_halves(lanes: [u32; LANES], threshold in 0..=65536u32) {
-            let word = pack(&lanes, threshold);
-            for (b, x) in lanes.into_iter().enumerate() {
-                prop_assert_eq!(word >> (2 * b) & 1 == 1, x & 0xFFFF >= threshold);
-                prop_assert_eq!(word >> (2 * b + 1) & 1 == 1, x >> 16 >= threshold);
+        fn clears_its_range_and_nothing_else(count in 0usize..7, a in 0usize..224, b in 0usize..224) {
+            let bound = 32 * count;
+            let (from, to) = (a.min(b).min(bound), a.max(b).min(bound));
+            let mut row = vec![u32::MAX; count];
+            clear(&mut row, from, to);
+            for column in 0..bound {
+                prop_assert_eq!(row[column / 32] >> (column % 32) & 1 == 0, (from..to).contains(&column));
             }
-        }
-
-        #[test]
-        fn set_and_unpack_agree(columns in 1usize..200, a in 0usize..200, b in 0usize..200) {
-            let (from, to) = (a.min(b).min(columns), a.max(b).min(columns));
-            let mut row = vec![0; words(columns)];
-            set(&mut row, from, to);
-            let keep = unpack(&row, columns, row.len()).unwrap();
-            prop_assert_eq!(keep.len(), columns);
-            for (column, kept) in keep.into_iter().enumerate() {
-                prop_assert_eq!(kept, (from..to).contains(&column));
+            let mut row = vec![u32::MAX; count];
+            clear_from(&mut row, from);
+            for column in 0..bound {
+                prop_assert_eq!(row[column / 32] >> (column % 32) & 1 == 0, column >= from);
             }
         }
     }
 
     #[test]
     fn unpacking_checks_the_width() {
-        assert_eq!(unpack(&[0, 0], 33, 1), Err(Error::Words { words: 1, columns: 33 }));
-        assert_eq!(unpack(&[], 0, 0), Ok(vec![]));
+        let run = Run::new().unwrap();
+        let wrong = unpack(&run, &[0, 0, 0], 33, &mut [0; 33]);
+        assert_eq!(wrong, Err(Error::Words { words: 3, columns: 33, given: 33 }));
+        assert!(unpack(&run, &[0, 0], 33, &mut [0; 34]).is_err());
+        assert_eq!(unpack(&run, &[], 0, &mut []), Ok(()));
     }
 }

@@ -1,17 +1,21 @@
 //! Masks: packed bits of the three patterns. 1 = keep. `bits` knows packing and no pattern, a pattern no packing.
+//!
+//! Nothing here allocates a mask: callers hand in the memory, and get an error before any of it is written.
 
 pub mod bits;
 pub mod column;
 pub mod element;
+pub mod plan;
 pub mod span;
 pub mod threshold;
 
 pub use column::column;
-pub use element::element;
+pub use element::{element, element_bytes};
 pub use span::span;
 
 use crate::error::{Error, Result, at_most};
 use crate::rng::stream::{MAX_EXTENT, MAX_HEADS, MAX_SAMPLE};
+use crate::threads::{PIECE, Run};
 
 /// The shape of a mask: (samples, heads, rows, columns).
 #[derive(Debug, Clone, Copy)]
@@ -27,38 +31,59 @@ pub struct Shape<'a> {
 }
 
 impl Shape<'_> {
-    /// Check every limit and allocate the packed words, all zero.
-    fn allocate(&self, threshold: u32) -> Result<Vec<u32>> {
+    /// Check every limit, and that `given` places of memory are `width` for each row.
+    fn check(&self, threshold: u32, width: usize, given: usize) -> Result<()> {
         at_most("threshold", u64::from(threshold), u64::from(threshold::LEVELS))?;
         at_most("heads", self.heads as u64, MAX_HEADS)?;
         at_most("rows", self.rows as u64, MAX_EXTENT)?;
         at_most("columns", self.columns as u64, MAX_EXTENT)?;
-        for &sample in self.samples {
-            at_most("sample", sample, MAX_SAMPLE)?;
-        }
-        let extents = [self.samples.len(), self.heads, self.rows, bits::words(self.columns)];
-        let total = extents.iter().fold(1u128, |product, &extent| product.saturating_mul(extent as u128));
-        let mut words = Vec::new();
-        let fits = usize::try_from(total).is_ok_and(|count| words.try_reserve_exact(count).is_ok());
-        if !fits {
-            return Err(Error::Memory { words: total });
-        }
-        words.resize(total as usize, 0);
-        Ok(words)
+        check_samples(self.samples)?;
+        let extents = [self.samples.len(), self.heads, self.rows, width];
+        let wanted = extents.iter().fold(1u128, |product, &extent| product.saturating_mul(extent as u128));
+        if wanted == given as u128 { Ok(()) } else { Err(Error::Memory { given, wanted }) }
     }
 
-    /// Call `fill(sample index, sample, head, row, words of the row)` for every row, in memory order.
-    fn for_each_row(&self, words: &mut [u32], mut fill: impl FnMut(usize, u64, u32, u32, &mut [u32])) {
-        let width = bits::words(self.columns);
-        if width == 0 {
-            return;
+    /// Call `fill(sample index, sample, head, row, places of the row)` for every row, on as many threads as `run` allows.
+    fn for_each_row<T: Send>(
+        &self,
+        run: &Run<'_>,
+        width: usize,
+        out: &mut [T],
+        fill: impl Fn(usize, u64, u32, u32, &mut [T]) + Sync,
+    ) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
         }
-        for (index, row) in words.chunks_exact_mut(width).enumerate() {
-            let (outer, r) = (index / self.rows, index % self.rows);
-            let (sample, head) = (outer / self.heads, outer % self.heads);
-            fill(sample, self.samples[sample], head as u32, r as u32, row);
-        }
+        let rows = (PIECE / self.columns).max(1);
+        let pieces = out.len().div_ceil(rows * width);
+        run.for_each(out.chunks_mut(rows * width).enumerate(), pieces, |(piece, places)| {
+            let mut row = piece * rows % self.rows;
+            let mut outer = piece * rows / self.rows;
+            for place in places.chunks_exact_mut(width) {
+                let (sample, head) = (outer / self.heads, outer % self.heads);
+                fill(sample, self.samples[sample], head as u32, row as u32, place);
+                row += 1;
+                if row == self.rows {
+                    (row, outer) = (0, outer + 1);
+                }
+            }
+        })
     }
+}
+
+/// Every sample id fits the counter.
+pub(crate) fn check_samples(samples: &[u64]) -> Result<()> {
+    let worst = samples.iter().copied().max().unwrap_or(0);
+    at_most("sample", worst, MAX_SAMPLE).map(|_| ())
+}
+
+/// One length a sample, none beyond the columns.
+fn check_lengths(samples: usize, lengths: &[u32], columns: usize) -> Result<()> {
+    if lengths.len() != samples {
+        return Err(Error::Lengths { lengths: lengths.len(), samples });
+    }
+    let worst = lengths.iter().copied().max().unwrap_or(0);
+    at_most("length", u64::from(worst), (columns as u64).min(MAX_EXTENT)).map(|_| ())
 }
 
 /// The lines of a vector file, split at blanks; comments and empty lines left out.
@@ -73,7 +98,13 @@ pub(crate) fn vectors(name: &str) -> Vec<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rng::stream::Site;
+    use crate::rng::stream::{Site, SiteKey};
+    use crate::simd::{Engine, Level};
+
+    fn runs() -> Vec<Run<'static>> {
+        let engines = Level::ALL.into_iter().filter_map(|level| Engine::new(level).ok());
+        engines.flat_map(|engine| [1, 3].map(|threads| Run { engine, threads, interrupted: &|| false })).collect()
+    }
 
     /// Every mask vector, from the same file that the NumPy and torch implementations read.
     #[test]
@@ -87,39 +118,66 @@ mod tests {
             let (samples, threshold) = (list(6), n(10) as u32);
             let (heads, rows, columns) = (n(7) as usize, n(8) as usize, n(9) as usize);
             let shape = Shape { samples: &samples, heads, rows, columns };
-            let words = match line[0].as_str() {
-                "element" => element(key, shape, threshold),
-                "column" => column(key, shape, threshold),
-                _ => {
-                    let lengths: Vec<u32> = list(11).into_iter().map(|l| l as u32).collect();
-                    span(key, shape, &lengths, threshold)
+            for run in runs() {
+                let flat = if line[0] == "element" { rows } else { 1 };
+                let mut words = vec![0xABAB_ABAB; samples.len() * heads * flat * bits::words(columns)];
+                match line[0].as_str() {
+                    "element" => element(&run, key, shape, threshold, &mut words),
+                    "column" => column(&run, key, shape, None, threshold, &mut words),
+                    _ => {
+                        let lengths: Vec<u32> = list(11).into_iter().map(|l| l as u32).collect();
+                        span(&run, key, shape, &lengths, threshold, &mut words)
+                    }
                 }
-            };
-            let hex: String = words.unwrap().iter().map(|w| format!("{w:08x}")).collect();
-            assert_eq!(&hex, line.last().unwrap(), "{line:?}");
+                .unwrap();
+                let hex: String = words.iter().map(|w| format!("{w:08x}")).collect();
+                assert_eq!(&hex, line.last().unwrap(), "{line:?} {:?}", run.engine);
+            }
             seen += 1;
         }
         assert!(seen >= 50, "the vector file is empty");
     }
 
+    /// A mask of several pieces: threads and engines share it out differently and agree.
+    #[test]
+    fn pieces_and_engines_agree() {
+        let key = SiteKey([11, 12]);
+        let shape = Shape { samples: &[5, 1 << 39, 6], heads: 3, rows: 401, columns: 517 };
+        let mut all: Vec<(Vec<u32>, Vec<u8>)> = vec![];
+        for run in runs() {
+            let mut words = vec![0; 9 * 401 * 17];
+            let mut bytes = vec![0; 9 * 401 * 517];
+            element(&run, key, shape, 30_000, &mut words).unwrap();
+            element_bytes(&run, key, shape, 30_000, &mut bytes).unwrap();
+            let mut unpacked = vec![0; bytes.len()];
+            bits::unpack(&run, &words, 517, &mut unpacked).unwrap();
+            assert!(unpacked == bytes);
+            all.push((words, bytes));
+        }
+        assert!(all.iter().all(|other| *other == all[0]));
+    }
+
     #[test]
     fn limits_are_errors_and_empty_masks_are_not() {
-        let key = Site { seed: 0, step: 0, branch: 0, layer: 0, site: 0 }.key().unwrap();
+        let key = SiteKey([1, 2]);
+        let run = Run::new().unwrap();
         let shape = Shape { samples: &[1], heads: 1, rows: 1, columns: 1 };
-        assert!(element(key, Shape { columns: (1 << 20) + 1, ..shape }, 1).is_err());
-        assert!(element(key, Shape { rows: (1 << 20) + 1, ..shape }, 1).is_err());
-        assert!(element(key, Shape { heads: (1 << 10) + 1, ..shape }, 1).is_err());
-        assert!(element(key, Shape { samples: &[1 << 40], ..shape }, 1).is_err());
-        assert!(element(key, shape, 65537).is_err());
+        let draw = |shape: Shape<'_>, threshold, places: usize| element(&run, key, shape, threshold, &mut vec![0; places]);
+        assert!(matches!(draw(Shape { columns: (1 << 20) + 1, ..shape }, 1, 1), Err(Error::Range { name: "columns", .. })));
+        assert!(matches!(draw(Shape { rows: (1 << 20) + 1, ..shape }, 1, 1), Err(Error::Range { name: "rows", .. })));
+        assert!(matches!(draw(Shape { heads: (1 << 10) + 1, ..shape }, 1, 1), Err(Error::Range { name: "heads", .. })));
+        assert!(matches!(draw(Shape { samples: &[1 << 40], ..shape }, 1, 1), Err(Error::Range { name: "sample", .. })));
+        assert!(matches!(draw(shape, 65537, 1), Err(Error::Range { name: "threshold", .. })));
+        assert_eq!(draw(shape, 1, 2), Err(Error::Memory { given: 2, wanted: 1 }));
         let huge = Shape { heads: 1 << 10, rows: 1 << 20, columns: 1 << 20, samples: &[0; 1 << 12] };
-        assert!(matches!(element(key, huge, 1), Err(Error::Memory { .. })));
+        assert!(matches!(draw(huge, 1, 1), Err(Error::Memory { .. })));
         for empty in [
             Shape { samples: &[], ..shape },
             Shape { heads: 0, ..shape },
             Shape { rows: 0, ..shape },
             Shape { columns: 0, ..shape },
         ] {
-            assert_eq!(element(key, empty, 1), Ok(vec![]));
+            assert_eq!(draw(empty, 1, 0), Ok(()));
         }
     }
 }

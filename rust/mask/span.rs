@@ -1,29 +1,38 @@
 //! One contiguous block of columns, for all rows of a head.
 
-use super::{Shape, bits};
-use crate::error::{Error, Result, at_most};
-use crate::rng::stream::{MAX_EXTENT, SiteKey};
+use super::{Shape, bits, check_lengths};
+use crate::error::Result;
+use crate::rng::stream::SiteKey;
+use crate::threads::Run;
 
 /// Packed span mask of shape (samples, heads, 1, words); `shape.rows` is taken as 1.
 ///
 /// `lengths` are the samples' real lengths, at most `shape.columns`. Columns past a length are 0: there is nothing to keep.
-pub fn span(key: SiteKey, shape: Shape<'_>, lengths: &[u32], threshold: u32) -> Result<Vec<u32>> {
+pub fn span(
+    run: &Run<'_>,
+    key: SiteKey,
+    shape: Shape<'_>,
+    lengths: &[u32],
+    threshold: u32,
+    out: &mut [u32],
+) -> Result<()> {
     let shape = Shape { rows: 1, ..shape };
-    if lengths.len() != shape.samples.len() {
-        return Err(Error::Lengths { lengths: lengths.len(), samples: shape.samples.len() });
-    }
-    for &length in lengths {
-        at_most("length", u64::from(length), (shape.columns as u64).min(MAX_EXTENT))?;
-    }
-    let mut words = shape.allocate(threshold)?;
-    shape.for_each_row(&mut words, |index, sample, head, _, out| {
-        let length = lengths[index];
-        let dropped = dropped(length, threshold);
-        let start = start(key.span_draw(sample, head), length, dropped);
-        bits::set(out, 0, start as usize);
-        bits::set(out, (start + dropped) as usize, length as usize);
-    });
-    Ok(words)
+    let width = bits::words(shape.columns);
+    check_lengths(shape.samples.len(), lengths, shape.columns)?;
+    shape.check(threshold, width, out.len())?;
+    shape.for_each_row(run, width, out, |index, sample, head, _, words| {
+        draw(key, sample, head, lengths[index], threshold, words);
+    })
+}
+
+/// Draw one head's block.
+#[inline]
+pub(super) fn draw(key: SiteKey, sample: u64, head: u32, length: u32, threshold: u32, words: &mut [u32]) {
+    let dropped = dropped(length, threshold);
+    let start = start(key.span_draw(sample, head), length, dropped) as usize;
+    words.fill(u32::MAX);
+    bits::clear(words, start, start + dropped as usize);
+    bits::clear_from(words, length as usize);
 }
 
 /// How many columns a span drops of `length`.

@@ -1,6 +1,7 @@
 //! The one map from core errors to Python exceptions.
 
 use pyo3::PyErr;
+use pyo3::exceptions::PyKeyboardInterrupt;
 
 use crate::Error;
 
@@ -11,9 +12,13 @@ pyo3::import_exception!(hiddenkey_rs.errors, DataError);
 pub fn raise(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
-        Error::Range { name: "sample" | "length", .. } | Error::Lengths { .. } | Error::Words { .. } => {
+        Error::Range { name: "sample" | "length" | "position", .. }
+        | Error::Lengths { .. }
+        | Error::Words { .. }
+        | Error::Memory { .. } => {
             DataError::new_err(text)
         }
-        Error::Range { .. } | Error::Rate(_) | Error::Memory { .. } => ConfigError::new_err(text),
+        Error::Range { .. } | Error::Rate(_) | Error::Simd(_) => ConfigError::new_err(text),
+        Error::Interrupted => PyKeyboardInterrupt::new_err(text),
     }
 }

@@ -1,87 +1,127 @@
 //! The extension module `hiddenkey_rs._core`: convert, release the GIL, call one core function, convert back.
+//!
+//! Results are written into arrays that the caller made: NumPy's allocator knows large pages, and memory can be reused.
 
 mod errors;
 
-use numpy::{PyArray1, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn};
-use pyo3::prelude::*;
+use std::cell::Cell;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::error::at_most;
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray1, PyReadwriteArrayDyn};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::mask::plan::{Documents, Entry};
 use crate::mask::{self, Shape, bits};
-use crate::rng::philox::philox4x32;
-use crate::rng::stream::Site;
+use crate::rng::stream::{Pattern, Site, SiteKey};
+use crate::simd::{Engine, Float};
+use crate::threads::{Run, default_threads};
+use crate::{Error, Result, apply};
 use errors::raise;
 
-type Words<'py> = PyResult<Bound<'py, PyArrayDyn<u32>>>;
+/// Threads that `set_threads` asked for; 0 = the default.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// Run `work` without the GIL and hand its words over as an array of `shape`.
-fn masks<'py>(py: Python<'py>, shape: [usize; 4], work: impl FnOnce() -> crate::Result<Vec<u32>> + Send) -> Words<'py> {
-    let words = py.detach(work).map_err(raise)?;
-    PyArray1::from_vec(py, words).reshape(shape.to_vec())
+fn threads() -> usize {
+    match THREADS.load(Ordering::Relaxed) {
+        0 => default_threads(),
+        asked => asked,
+    }
+}
+
+/// Run `work` without the GIL. Ctrl-C (any signal whose handler raises) stops it and comes out as its own exception.
+fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyResult<()> {
+    let engine = Engine::chosen().map_err(raise)?;
+    let (outcome, signal) = py.detach(|| {
+        let signal = Cell::new(None);
+        let interrupted = || {
+            let raised = Python::attach(|py| py.check_signals()).err();
+            let stop = raised.is_some();
+            signal.set(raised);
+            stop
+        };
+        let outcome = work(&Run { engine, threads: threads(), interrupted: &interrupted });
+        (outcome, signal.into_inner())
+    });
+    match (outcome, signal) {
+        (Ok(()), _) => Ok(()),
+        (Err(Error::Interrupted), Some(raised)) => Err(raised),
+        (Err(error), _) => Err(raise(error)),
+    }
+}
+
+/// An array to write: packed words, or one byte a decision.
+#[derive(FromPyObject)]
+enum Room<'py> {
+    Words(PyReadwriteArrayDyn<'py, u32>),
+    Bytes(PyReadwriteArrayDyn<'py, u8>),
+}
+
+/// (seed, step, branch, layer, site code).
+type SiteWords = (u64, u64, u64, u64, u64);
+
+fn key((seed, step, branch, layer, site): SiteWords) -> Result<SiteKey> {
+    Site { seed, step, branch, layer, site }.key()
 }
 
 #[allow(clippy::too_many_arguments)]
 #[pyfunction]
 fn element<'py>(
     py: Python<'py>,
-    seed: u64,
-    step: u64,
-    branch: u64,
-    layer: u64,
-    site: u64,
+    site: SiteWords,
     samples: PyReadonlyArray1<'py, u64>,
     heads: usize,
     rows: usize,
     columns: usize,
     threshold: u32,
-) -> Words<'py> {
-    let samples = samples.as_slice()?;
-    masks(py, [samples.len(), heads, rows, bits::words(columns)], || {
-        let key = Site { seed, step, branch, layer, site }.key()?;
-        mask::element(key, Shape { samples, heads, rows, columns }, threshold)
-    })
+    out: Room<'py>,
+) -> PyResult<()> {
+    let shape = Shape { samples: samples.as_slice()?, heads, rows, columns };
+    match out {
+        Room::Words(mut out) => {
+            let out = out.as_slice_mut()?;
+            call(py, |run| mask::element(run, key(site)?, shape, threshold, out))
+        }
+        Room::Bytes(mut out) => {
+            let out = out.as_slice_mut()?;
+            call(py, |run| mask::element_bytes(run, key(site)?, shape, threshold, out))
+        }
+    }
 }
 
 #[allow(clippy::too_many_arguments)]
 #[pyfunction]
 fn column<'py>(
     py: Python<'py>,
-    seed: u64,
-    step: u64,
-    branch: u64,
-    layer: u64,
-    site: u64,
+    site: SiteWords,
     samples: PyReadonlyArray1<'py, u64>,
+    lengths: Option<PyReadonlyArray1<'py, u32>>,
     heads: usize,
     columns: usize,
     threshold: u32,
-) -> Words<'py> {
-    let samples = samples.as_slice()?;
-    masks(py, [samples.len(), heads, 1, bits::words(columns)], || {
-        let key = Site { seed, step, branch, layer, site }.key()?;
-        mask::column(key, Shape { samples, heads, rows: 1, columns }, threshold)
-    })
+    mut out: PyReadwriteArrayDyn<'py, u32>,
+) -> PyResult<()> {
+    let shape = Shape { samples: samples.as_slice()?, heads, rows: 1, columns };
+    let lengths = lengths.as_ref().map(|lengths| lengths.as_slice()).transpose()?;
+    let out = out.as_slice_mut()?;
+    call(py, |run| mask::column(run, key(site)?, shape, lengths, threshold, out))
 }
 
 #[allow(clippy::too_many_arguments)]
 #[pyfunction]
 fn span<'py>(
     py: Python<'py>,
-    seed: u64,
-    step: u64,
-    branch: u64,
-    layer: u64,
-    site: u64,
+    site: SiteWords,
     samples: PyReadonlyArray1<'py, u64>,
     lengths: PyReadonlyArray1<'py, u32>,
     heads: usize,
     columns: usize,
     threshold: u32,
-) -> Words<'py> {
-    let (samples, lengths) = (samples.as_slice()?, lengths.as_slice()?);
-    masks(py, [samples.len(), heads, 1, bits::words(columns)], || {
-        let key = Site { seed, step, branch, layer, site }.key()?;
-        mask::span(key, Shape { samples, heads, rows: 1, columns }, lengths, threshold)
-    })
+    mut out: PyReadwriteArrayDyn<'py, u32>,
+) -> PyResult<()> {
+    let shape = Shape { samples: samples.as_slice()?, heads, rows: 1, columns };
+    let (lengths, out) = (lengths.as_slice()?, out.as_slice_mut()?);
+    call(py, |run| mask::span(run, key(site)?, shape, lengths, threshold, out))
 }
 
 #[pyfunction]
@@ -89,45 +129,124 @@ fn unpack<'py>(
     py: Python<'py>,
     words: PyReadonlyArrayDyn<'py, u32>,
     columns: usize,
-) -> PyResult<Bound<'py, PyArrayDyn<bool>>> {
-    let mut shape = words.as_array().shape().to_vec();
-    let width = shape.pop().unwrap_or(0);
-    shape.push(columns);
-    let packed = words.as_slice()?;
-    let keep = py.detach(|| bits::unpack(packed, columns, width)).map_err(raise)?;
-    PyArray1::from_vec(py, keep).reshape(shape)
+    mut out: PyReadwriteArrayDyn<'py, u8>,
+) -> PyResult<()> {
+    let (packed, out) = (words.as_slice()?, out.as_slice_mut()?);
+    call(py, |run| bits::unpack(run, packed, columns, out))
+}
+
+/// `entries`: (n, 5), each (layer, site code, 1 for column or 2 for span, heads, threshold).
+#[allow(clippy::too_many_arguments)]
+#[pyfunction]
+fn plan<'py>(
+    py: Python<'py>,
+    seed: u64,
+    step: u64,
+    entries: PyReadonlyArray2<'py, u64>,
+    samples: PyReadonlyArray1<'py, u64>,
+    branches: PyReadonlyArray1<'py, u64>,
+    lengths: PyReadonlyArray1<'py, u32>,
+    columns: usize,
+    mut words: PyReadwriteArray1<'py, u32>,
+    mut counts: PyReadwriteArray1<'py, u32>,
+) -> PyResult<()> {
+    let entry = |numbers: &[u64; 5]| {
+        let [layer, site, pattern, heads, threshold] = *numbers;
+        let pattern = if pattern == Pattern::Span as u64 { Pattern::Span } else { Pattern::Column };
+        let threshold = u32::try_from(threshold).unwrap_or(u32::MAX);
+        Entry { layer, site, pattern, heads: heads as usize, threshold }
+    };
+    let entries: Vec<Entry> = entries.as_slice()?.as_chunks().0.iter().map(entry).collect();
+    let documents = Documents {
+        samples: samples.as_slice()?,
+        branches: branches.as_slice()?,
+        lengths: lengths.as_slice()?,
+        columns,
+    };
+    let (words, counts) = (words.as_slice_mut()?, counts.as_slice_mut()?);
+    call(py, |run| mask::plan::plan(run, (seed, step), &entries, documents, words, counts))
+}
+
+/// Hidden states to read and to write: float32, or bfloat16 as its bits.
+#[derive(FromPyObject)]
+enum Hidden<'py> {
+    Single(PyReadonlyArrayDyn<'py, f32>, PyReadwriteArrayDyn<'py, f32>),
+    Brain(PyReadonlyArrayDyn<'py, u16>, PyReadwriteArrayDyn<'py, u16>),
+}
+
+/// Returns how many places were kept.
+#[allow(clippy::too_many_arguments)]
+#[pyfunction]
+fn dropout<'py>(
+    py: Python<'py>,
+    site_key: (u32, u32),
+    samples: PyReadonlyArray1<'py, i64>,
+    positions: PyReadonlyArray1<'py, i64>,
+    threshold: u32,
+    scale: f32,
+    hidden: Hidden<'py>,
+) -> PyResult<u64> {
+    let key = SiteKey([site_key.0, site_key.1]);
+    let rows = apply::Rows { samples: samples.as_slice()?, positions: positions.as_slice()? };
+    fn apply_to<F: Float>(
+        py: Python<'_>,
+        key: SiteKey,
+        rows: apply::Rows<'_>,
+        (threshold, scale): (u32, f32),
+        x: &[F],
+        out: &mut [F],
+    ) -> PyResult<u64> {
+        let mut kept = 0;
+        call(py, |run| apply::element(run, key, rows, threshold, scale, x, out).map(|count| kept = count))?;
+        Ok(kept)
+    }
+    match hidden {
+        Hidden::Single(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
+        Hidden::Brain(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
+    }
 }
 
 #[pyfunction]
-fn philox<'py>(py: Python<'py>, counters: PyReadonlyArray2<'py, u32>, key: (u32, u32)) -> Words<'py> {
-    let rows = counters.as_array().nrows();
-    at_most("counter words", counters.as_array().ncols() as u64, 4).map_err(raise)?;
-    let flat = counters.as_slice()?;
-    let outputs: Vec<u32> =
-        flat.chunks_exact(4).flat_map(|c| philox4x32([c[0], c[1], c[2], c[3]], [key.0, key.1])).collect();
-    PyArray1::from_vec(py, outputs).reshape(vec![rows, 4])
+fn dropout_rows<'py>(
+    py: Python<'py>,
+    keep: PyReadonlyArray1<'py, u8>,
+    scale: f32,
+    hidden: Hidden<'py>,
+) -> PyResult<()> {
+    let keep = keep.as_slice()?;
+    match hidden {
+        Hidden::Single(x, mut out) => {
+            let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
+            call(py, |run| apply::rows(run, keep, scale, x, out))
+        }
+        Hidden::Brain(x, mut out) => {
+            let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
+            call(py, |run| apply::rows(run, keep, scale, x, out))
+        }
+    }
 }
 
 #[pyfunction]
-fn derive_key(seed: u64, step: u64, branch: u64, layer: u64, site: u64) -> PyResult<(u32, u32)> {
-    let key = Site { seed, step, branch, layer, site }.key().map_err(raise)?;
+fn derive_key(site: SiteWords) -> PyResult<(u32, u32)> {
+    let key = key(site).map_err(raise)?;
     Ok((key.0[0], key.0[1]))
 }
 
+/// What makes the masks: stream, instruction set, threads, kind of build.
 #[pyfunction]
-fn threshold(rate: f64) -> PyResult<u32> {
-    mask::threshold::threshold(rate).map_err(raise)
+fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let found = PyDict::new(py);
+    found.set_item("stream", crate::STREAM)?;
+    found.set_item("simd", Engine::chosen().map_err(raise)?.level().name())?;
+    found.set_item("threads", threads())?;
+    found.set_item("build", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    Ok(found)
 }
 
-/// The instruction set that masks are made with.
+/// Use so many threads; 0 = the default.
 #[pyfunction]
-fn simd() -> &'static str {
-    "portable"
-}
-
-#[pyfunction]
-fn debug_build() -> bool {
-    cfg!(debug_assertions)
+fn set_threads(count: usize) {
+    THREADS.store(count, Ordering::Relaxed);
 }
 
 #[pymodule(gil_used = false)]
@@ -136,11 +255,12 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(column, module)?)?;
     module.add_function(wrap_pyfunction!(span, module)?)?;
     module.add_function(wrap_pyfunction!(unpack, module)?)?;
-    module.add_function(wrap_pyfunction!(philox, module)?)?;
+    module.add_function(wrap_pyfunction!(plan, module)?)?;
+    module.add_function(wrap_pyfunction!(dropout, module)?)?;
+    module.add_function(wrap_pyfunction!(dropout_rows, module)?)?;
     module.add_function(wrap_pyfunction!(derive_key, module)?)?;
-    module.add_function(wrap_pyfunction!(threshold, module)?)?;
-    module.add_function(wrap_pyfunction!(simd, module)?)?;
-    module.add_function(wrap_pyfunction!(debug_build, module)?)?;
+    module.add_function(wrap_pyfunction!(info, module)?)?;
+    module.add_function(wrap_pyfunction!(set_threads, module)?)?;
     module.add("STREAM", crate::STREAM)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

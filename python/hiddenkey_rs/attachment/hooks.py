@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .. import ops
 from ..errors import DataError, StateError
 from .interface import DEPTH_KEYWORD, PASS_KEYWORD
-from .passes import StackPass, guided_keep, hidden_keep, pooled_keep
+from .passes import StackPass, drop_pooled, drop_tokens
 from .sites import Site, SiteDrop, Stack
 
 if TYPE_CHECKING:
@@ -93,23 +92,20 @@ def _ffn_hook(site: Site) -> Callable[..., Any]:
 
 def _cut(step: StackPass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     drop = site.drops[depth]
-    shape = (*step.tokens.document.shape, hidden.shape[-1])
-    if drop.start == "attention":
-        keep = guided_keep(step, site, drop, depth)
-    else:
-        keep = hidden_keep(step, site, drop, depth, hidden.shape[-1])
-    _note(step, site, depth, keep, step.tokens.real[..., None])
     # OPT flattens batch and length before its FFN.
-    return ops.drop_hidden(hidden.reshape(shape), keep, drop.scale).reshape(hidden.shape)
+    states = hidden.reshape(*step.tokens.document.shape, hidden.shape[-1])
+    output, kept = drop_tokens(step, site, drop, depth, states)
+    total = step.tokens.real.count_nonzero()
+    _note(step, site, depth, kept, total * hidden.shape[-1] if drop.pattern == "element" else total)
+    return output.view(hidden.shape)
 
 
-def _note(step: StackPass, site: Site, depth: int, keep: Tensor, real: Tensor) -> None:
-    """Count what was dropped of what is real (one flag a token, or one a place)."""
+def _note(step: StackPass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
+    """Count what was dropped of what is real."""
     if step.counts(site):
         step.reached.add(site)
         site.calls += 1
-        total = real.count_nonzero() * (keep.shape[-1] // real.shape[-1])
-        site.count(depth, total - (keep & real).count_nonzero(), total)
+        site.count(depth, total - kept, total)
 
 
 def _input_hook(session: Session, site: Site) -> Callable[..., Any]:
@@ -155,6 +151,6 @@ def _drop_output(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) ->
                 f"{tuple(step.tokens.document.shape)}); the output position needs every token's hidden state"
             )
         return _cut(step, site, 0, hidden)
-    keep = pooled_keep(step, site, drop, hidden.shape[-1])
-    _note(step, site, 0, keep, torch.ones_like(keep))
-    return ops.drop_hidden(hidden[:, None], keep[:, None], drop.scale)[:, 0]
+    output, kept = drop_pooled(step, site, drop, hidden)
+    _note(step, site, 0, kept, torch.tensor(hidden.numel(), device=hidden.device))
+    return output

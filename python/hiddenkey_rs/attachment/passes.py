@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import masks, ops
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModelError
 from ..masks import MaskKey
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
+    from ..plan import StepPlan
     from .tokens import Tokens
 
 
@@ -52,6 +53,8 @@ class StackPass:
     running: bool = True
     """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""
     recorder: MaskRecorder | None = None
+    plans: tuple[StepPlan, StepPlan] = field(kw_only=True)
+    """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
     group_calls: int = 0
     reached: set[Site] = field(default_factory=set)
 
@@ -83,12 +86,11 @@ def attention_keep(
             f"attention runs over other tokens than the batch holds (got {queries} queries and {keys} keys for "
             f"{rows.document.shape[1]} and {columns.document.shape[1]} tokens); train with use_cache=False"
         )
-    drawn = _draw(step, site, drop, depth, columns, rows.columns, columns.columns, heads)
-    if columns.aligned and (drop.pattern != "element" or rows.aligned):
-        down = queries - drawn.shape[2] if drop.pattern == "element" else 0
-        return F.pad(drawn, (0, keys - drawn.shape[3], 0, down))
     if drop.pattern != "element":
-        return drawn[columns.document, :, 0, columns.position].permute(0, 2, 1)[:, :, None]
+        return columns.lay(_planned(step, site, drop, depth, heads)[:, :, 0])[:, :, None]
+    drawn = _drawn(step, site, drop, depth, columns, rows.columns, columns.columns, heads)
+    if columns.aligned and rows.aligned:
+        return F.pad(drawn, (0, keys - drawn.shape[3], 0, queries - drawn.shape[2]))
     if drawn.shape[3] == 0:
         return drawn.new_zeros(rows.document.shape[0], heads, queries, keys)
     # Pairs of different documents are no pairs of a mask: a well-formed packed batch forbids them anyway.
@@ -96,89 +98,96 @@ def attention_keep(
     return drawn[where].permute(0, 3, 1, 2)
 
 
-def hidden_keep(step: StackPass, site: Site, drop: SiteDrop, depth: int, features: int) -> Tensor:
-    """Keep mask of hidden states over the batch: bool (B, L, features) for elements, (B, L, 1) for tokens."""
+def drop_tokens(step: StackPass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, L, D) after this site's dropout, and how many real places (or tokens) were kept, int64 ()."""
     tokens = step.tokens
-    length = tokens.document.shape[1]
-    if drop.pattern == "element":
-        drawn = _draw(step, site, drop, depth, tokens, tokens.columns, features, 1)[:, 0]
-        if tokens.aligned:
-            return F.pad(drawn, (0, 0, 0, length - drawn.shape[1]))
-        return drawn[tokens.document, tokens.position]
-    drawn = _draw(step, site, drop, depth, tokens, 1, tokens.columns, 1)[:, 0, 0]
-    if tokens.aligned:
-        return F.pad(drawn, (0, length - drawn.shape[1]))[:, :, None]
-    return drawn[tokens.document, tokens.position][:, :, None]
+    if drop.pattern != "element":
+        if drop.start == "attention":
+            keep = guided_keep(step, site, drop, depth)
+        else:
+            keep = tokens.lay(_planned(step, site, drop, depth, 1)[:, :, 0])[:, 0]
+        return ops.drop_rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
+    if step.recorder is not None and step.counts(site):
+        # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist.
+        drawn = _drawn(step, site, drop, depth, tokens, tokens.columns, hidden.shape[-1], 1)[:, 0]
+        keep = drawn[tokens.document, tokens.position] & tokens.real[..., None]
+        return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
+    return _drop_elements(step, site, drop, depth, hidden, tokens.row_samples, tokens.row_positions)
 
 
-def pooled_keep(step: StackPass, site: Site, drop: SiteDrop, features: int) -> Tensor:
-    """Keep mask of one vector an example (row 0 of the element pattern): bool (B, features)."""
-    if step.tokens.packed:
+def drop_pooled(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """One vector an example, (B, D), after dropout (row 0 of the element pattern), and how many places were kept."""
+    tokens = step.tokens
+    if tokens.packed:
         raise DataError(
             "the head receives one vector a row, but rows hold several documents (got packed sample ids); "
             "do not pack examples for a classification head"
         )
-    return _draw(step, site, drop, 0, step.tokens, 1, features, 1)[:, 0, 0]
+    if step.recorder is not None:
+        keep = _drawn(step, site, drop, 0, tokens, 1, hidden.shape[-1], 1)[:, 0, 0]
+        return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
+    samples = torch.from_numpy(tokens.samples).to(hidden.device)
+    return _drop_elements(step, site, drop, 0, hidden, samples, torch.zeros_like(samples))
 
 
-def _draw(
+def _drop_elements(
+    step: StackPass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor, samples: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    keys = [_key(step, site, depth, branch).derive() for branch in step.tokens.branch_order]
+    drawn_from = torch.tensor(keys, device=hidden.device)
+    return ops.drop_elements(hidden, drawn_from, samples, positions, drop.threshold, drop.scale)
+
+
+def _key(step: StackPass, site: Site, depth: int, branch: int) -> MaskKey:
+    return MaskKey(step.seed, step.step, branch, depth, site.site)
+
+
+def _planned(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+    """A column or span mask out of the step's plan: bool (documents, heads, 1, columns), on the tokens' device."""
+    plan = step.plans[site.kind == "cross-attention"]
+    tokens = step.column_tokens(site)
+    keep = plan.mask(depth, site.site).to_torch(tokens.document.device)
+    if keep.shape[1] != heads:
+        raise UnsupportedModelError(
+            f"attention has another number of heads than the model's configuration says (got {heads}, planned "
+            f"{keep.shape[1]}); the model's code differs from the family's"
+        )
+    if step.recorder is not None and step.counts(site):
+        for branch in tokens.branch_order:
+            _record(step, site, drop, depth, tokens, branch, keep[torch.from_numpy(tokens.branches == branch)])
+    return keep
+
+
+def _drawn(
     step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, rows: int, columns: int, heads: int
 ) -> Tensor:
-    """Masks of every document, bool (documents, heads, rows or 1, columns), on the tokens' device."""
+    """Element masks of every document, bool (documents, heads, rows, columns), on the tokens' device."""
     device = tokens.document.device
     parts = []
-    for branch in np.unique(tokens.branches):
-        chosen = tokens.branches == branch
-        key = MaskKey(step.seed, step.step, int(branch), depth, site.site)
-        samples, lengths = tokens.samples[chosen], tokens.lengths[chosen]
-        draw = _draw_on_host if device.type == "cpu" else _draw_on_device
-        keep = draw(key, drop, samples, lengths, rows, columns, heads, device)
+    for branch in tokens.branch_order:
+        key, samples = _key(step, site, depth, branch), tokens.samples[tokens.branches == branch]
+        if device.type == "cpu":
+            keep = torch.from_numpy(masks.element_bool(key, samples, rows, columns, drop.rate, heads=heads))
+        else:
+            ids = torch.from_numpy(samples).to(device)
+            keep = ops.element_keep(key.derive(), ids, rows, columns, drop.threshold, heads)
         if step.recorder is not None and step.counts(site):
-            step.recorder(DrawnMask(key, drop, samples, lengths, keep))
+            _record(step, site, drop, depth, tokens, branch, keep)
         parts.append(keep)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _draw_on_host(
-    key: MaskKey,
-    drop: SiteDrop,
-    samples: np.ndarray,
-    lengths: np.ndarray,
-    rows: int,
-    columns: int,
-    heads: int,
-    device: torch.device,
-) -> Tensor:
-    if drop.pattern == "element":
-        bits = masks.element(key, samples, rows, columns, drop.rate, heads=heads)
-    elif drop.pattern == "column":
-        bits = masks.column(key, samples, columns, drop.rate, heads=heads)
-    else:
-        bits = masks.span(key, samples, lengths, drop.rate, heads=heads)
-    return bits.to_torch(device)
-
-
-def _draw_on_device(
-    key: MaskKey,
-    drop: SiteDrop,
-    samples: np.ndarray,
-    lengths: np.ndarray,
-    rows: int,
-    columns: int,
-    heads: int,
-    device: torch.device,
-) -> Tensor:
-    site_key = ops.derive_key(key.seed, key.step, key.branch, key.layer, masks.SITES[key.site])
-    ids = torch.from_numpy(samples).to(device)
-    if drop.pattern == "element":
-        return ops.element_keep(site_key, ids, rows, columns, drop.threshold, heads)
-    if drop.pattern == "column":
-        return ops.column_keep(site_key, ids, columns, drop.threshold, heads)
-    return ops.span_keep(site_key, ids, torch.from_numpy(lengths).to(device), columns, drop.threshold, heads)
+def _record(
+    step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, branch: int, keep: Tensor
+) -> None:
+    if step.recorder is not None:
+        chosen = tokens.branches == branch
+        key = _key(step, site, depth, branch)
+        step.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))
 
 
 def guided_keep(step: StackPass, site: Site, drop: SiteDrop, depth: int) -> Tensor:
-    """Keep mask of an attention-guided HiddenCut span, bool (B, L, 1): it starts at a much-attended token.
+    """Keep mask of an attention-guided HiddenCut span, bool (B, L): it starts at a much-attended token.
 
     Not planned ahead and outside the purity promise: it depends on this forward pass's attention weights.
     """
@@ -190,9 +199,7 @@ def guided_keep(step: StackPass, site: Site, drop: SiteDrop, depth: int) -> Tens
         )
     draws = []
     for sample, branch in zip(tokens.samples.tolist(), tokens.branches.tolist(), strict=True):
-        key = ops.derive_key(step.seed, step.step, branch, depth, masks.SITES[site.site])
-        draws.append(ops.span_draw(key, sample))
+        draws.append(ops.span_draw(_key(step, site, depth, branch).derive(), sample))
     lengths = torch.from_numpy(tokens.lengths).to(tokens.real.device)
     received = site.layer.received.masked_fill(~tokens.real, -1.0)
-    span = ops.guided_span(received, tokens.real, lengths, torch.tensor(draws, device=received.device), drop.threshold)
-    return span[:, :, None]
+    return ops.guided_span(received, tokens.real, lengths, torch.tensor(draws, device=received.device), drop.threshold)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, StateError, UnsupportedModelError
+from ..plan import PlanEntry, StepPlan
 from .implementation import Implementation
 from .passes import MaskRecorder, StackPass
 from .sites import Site, Stack
@@ -140,8 +141,23 @@ class Session:
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
         return StackPass(
-            self.seed, active.step, tokens, encoder_tokens, self.attention, self.impl, recorder=self.recorder
+            self.seed,
+            active.step,
+            tokens,
+            encoder_tokens,
+            self.attention,
+            self.impl,
+            recorder=self.recorder,
+            plans=(
+                self._plan(stack.entries[0], active, tokens),
+                self._plan(stack.entries[1] if encoder_tokens is not None else (), active, encoder_tokens or tokens),
+            ),
         )
+
+    def _plan(self, entries: tuple[PlanEntry, ...], active: ActiveStep, tokens: Tokens) -> StepPlan:
+        """Every column and span mask of a pass in one call, so that no layer waits for one."""
+        documents = (tokens.samples, tokens.branches, tokens.lengths, tokens.columns)
+        return StepPlan(self.seed, active.step, entries, *documents)
 
     def _encoder_side(self, active: ActiveStep, inputs: dict[str, Any], encoder: Tensor) -> Tokens:
         if active.samples.ndim == 2:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import RATE_LEVELS, HiddenKeyConfig, matches, rate_for, resolve_layers, threshold
 from ..errors import ConfigError, UnsupportedModelError
+from ..plan import PlanEntry, plannable
 from .families import Family, StackSpec
 
 if TYPE_CHECKING:
@@ -104,6 +105,8 @@ class Stack:
     sites: list[Site] = field(default_factory=list)
     groups: list[nn.Module] = field(default_factory=list)
     inner: int = 1
+    entries: tuple[tuple[PlanEntry, ...], tuple[PlanEntry, ...]] = ((), ())
+    """What a step plans ahead: sites over the stack's own tokens, and over the encoder's (cross-attention)."""
 
     @property
     def layers(self) -> Iterator[Layer]:
@@ -157,6 +160,7 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
                 if drop is not None and drop.threshold:
                     site.drops[depth] = drop
                     site.layer.guided |= drop.start == "attention"
+        stack.entries = (_entries(stack, cross=False), _entries(stack, cross=True))
     if config.output is not None and config.output.rate > 0:
         if output is None:
             raise ConfigError(
@@ -166,6 +170,26 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
         output.drops[0] = SiteDrop(
             "output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True
         )
+
+
+def _entries(stack: Stack, cross: bool) -> tuple[PlanEntry, ...]:
+    found = {}
+    for site in stack.sites:
+        if site.kind == "input" or (site.kind == "cross-attention") is not cross:
+            continue
+        for depth, drop in site.drops.items():
+            if plannable(drop.pattern, drop.start):
+                heads = _heads(stack, drop.heads) if site.kind in ATTENTION_KINDS else 1
+                found[depth, site.site] = PlanEntry(depth, site.site, drop.pattern, heads, drop.threshold)
+    return tuple(found.values())
+
+
+def _heads(stack: Stack, heads: str) -> int:
+    """How many heads attention masks are drawn for; the first pass checks it against the tensors."""
+    config: Any = stack.module.config
+    own = getattr(config, f"{stack.role}_attention_heads", None) or config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) or own
+    return int(grouped if heads == "group" else own)
 
 
 def _depths(site: Site, stack: Stack, chosen: frozenset[int]) -> list[int]:

@@ -7,11 +7,13 @@ the batch, so that padding side, padding width, batch composition and packing ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import DataError
 
@@ -32,6 +34,35 @@ class Tokens:
     position: Tensor
     real: Tensor
     aligned: bool
+
+    @cached_property
+    def branch_order(self) -> tuple[int, ...]:
+        """The branches that the rows belong to, in equal parts one behind the other."""
+        return tuple(dict.fromkeys(self.branches.tolist()))
+
+    @cached_property
+    def row_samples(self) -> Tensor:
+        """Every token's example, int64 (batch * length,); -1 at padding."""
+        samples = torch.from_numpy(self.samples).to(self.document.device)
+        if not len(self.samples):
+            return self.document.new_full((self.document.numel(),), -1)
+        return samples[self.document].masked_fill(~self.real, -1).flatten()
+
+    @cached_property
+    def row_positions(self) -> Tensor:
+        """Every token's place in its example, int64 (batch * length,)."""
+        return self.position.flatten().contiguous()
+
+    def lay(self, drawn: Tensor) -> Tensor:
+        """One flag a position of each document, bool (documents, heads, columns), over the batch: (batch, heads, length).
+
+        Padding is False.
+        """
+        if self.aligned:
+            return F.pad(drawn, (0, self.document.shape[1] - drawn.shape[2]))
+        if not drawn.shape[0] or not drawn.shape[2]:
+            return drawn.new_zeros(self.document.shape[0], drawn.shape[1], self.document.shape[1])
+        return (drawn[self.document, :, self.position] & self.real[..., None]).transpose(1, 2)
 
     @property
     def columns(self) -> int:

@@ -1,7 +1,8 @@
 """Masked attention and hidden-state arithmetic in torch. ``reference`` defines correct, ``api`` chooses."""
 
 from .api import attention
-from .generator import column_keep, derive_key, element_keep, philox, span_draw, span_keep
+from .fused import drop_elements, drop_rows
+from .generator import column_keep, derive_key, element_keep, philox, row_keep, span_draw, span_keep
 from .hidden import drop_hidden, guided_span
 from .reference import attention_weights, causal, kept_set, sliding_window
 
@@ -11,11 +12,14 @@ __all__ = [
     "causal",
     "column_keep",
     "derive_key",
+    "drop_elements",
     "drop_hidden",
+    "drop_rows",
     "element_keep",
     "guided_span",
     "kept_set",
     "philox",
+    "row_keep",
     "sliding_window",
     "span_draw",
     "span_keep",

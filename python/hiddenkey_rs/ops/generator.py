@@ -14,7 +14,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _ELEMENT, _COLUMN, _SPAN = 0, 1, 2
 _TILE = 128
 
-Key = tuple[int, int]
+Key = tuple[int, int] | Tensor
 Word = Tensor | int
 
 
@@ -54,6 +54,13 @@ def column_keep(key: Key, samples: Tensor, columns: int, threshold: int, heads: 
     return _grid(key, samples, 1, columns, threshold, heads, _COLUMN)
 
 
+def row_keep(key: Key, samples: Tensor, positions: Tensor, columns: int, threshold: int) -> Tensor:
+    """Rows of element masks, one for each (sample, position), head 0: bool (N, columns); False where a sample is -1."""
+    row = torch.where(samples < 0, 0, positions)[:, None]
+    c2, c3 = _sample_words(samples.clamp(min=0)[:, None], _ELEMENT)
+    return _lay(philox(row, _blocks(columns, samples.device), c2, c3, key), columns, threshold) & (samples >= 0)[:, None]
+
+
 def span_keep(key: Key, samples: Tensor, lengths: Tensor, columns: int, threshold: int, heads: int = 1) -> Tensor:
     """Span mask, bool (B, heads, 1, columns). ``lengths``: (B,) int64; columns past a length are False."""
     head = torch.arange(heads, device=samples.device)[None, :]
@@ -82,14 +89,24 @@ def _sample_words(samples: Tensor, pattern: int) -> tuple[Tensor, Tensor]:
     return samples & _MASK, (samples >> 32) | pattern << 30
 
 
+def _blocks(columns: int, device: torch.device) -> Tensor:
+    """The counters of a row's tiles: 16 a tile."""
+    return torch.arange(16 * -(-columns // _TILE), device=device)
+
+
+def _lay(outputs: tuple[Word, ...], columns: int, threshold: int) -> Tensor:
+    """Output words of shape (..., counters) to the decisions of a row, bool (..., columns)."""
+    words = torch.stack(torch.broadcast_tensors(*outputs), dim=-1)
+    # (..., tile, counter, word) -> column = 128 tile + 32 word + 2 counter + half
+    words = words.unflatten(-2, (-1, 16)).transpose(-1, -2)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
+    return (halves >= threshold).flatten(-4)[..., :columns]
+
+
 def _grid(key: Key, samples: Tensor, rows: int, columns: int, threshold: int, heads: int, pattern: int) -> Tensor:
     device = samples.device
-    tiles = -(-columns // _TILE)
-    block = torch.arange(16 * tiles, device=device)
+    if not columns or not samples.numel():
+        return torch.ones(len(samples), heads, rows, columns, dtype=torch.bool, device=device)
     row = torch.arange(rows, device=device)[:, None] | (torch.arange(heads, device=device) << 20)[:, None, None]
     c2, c3 = _sample_words(samples[:, None, None, None], pattern)
-    words = torch.stack(torch.broadcast_tensors(*philox(row[None], block, c2, c3, key)), dim=-1)
-    # (..., tile, counter, word) -> column = 128 tile + 32 word + 2 counter + half
-    words = words.reshape(*words.shape[:3], tiles, 16, 4).transpose(-1, -2)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)
-    return (halves >= threshold).reshape(len(samples), heads, rows, _TILE * tiles)[..., :columns]
+    return _lay(philox(row[None], _blocks(columns, device), c2, c3, key), columns, threshold)

@@ -1,0 +1,146 @@
+//! Long work: on which instruction set, on how many threads, and how it is stopped.
+
+use crate::error::{Error, Result};
+use crate::simd::Engine;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Decisions that one piece of work should have: tens of microseconds, far more than handing it out costs.
+pub const PIECE: usize = 1 << 17;
+/// Fewer pieces than this are done before a sleeping thread has woken up.
+const WORTH_WAKING: usize = 4;
+/// How often a long call asks whether it should stop.
+const WATCH: Duration = Duration::from_millis(50);
+
+/// How a call runs. The result never depends on it.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// The instruction set.
+    pub engine: Engine,
+    /// The most threads to use, the calling one included.
+    pub threads: usize,
+    /// Asked every 50 ms on the calling thread; `true` ends the call with [`Error::Interrupted`].
+    pub interrupted: &'a dyn Fn() -> bool,
+}
+
+impl Run<'static> {
+    /// The fastest engine, as many threads as the process may use, and no way to stop.
+    pub fn new() -> Result<Self> {
+        Ok(Run { engine: Engine::chosen()?, threads: default_threads(), interrupted: &|| false })
+    }
+}
+
+/// `RAYON_NUM_THREADS` if it is a number above 0, else the processors that affinity and control groups leave us. Found
+/// once: asking costs more than a small mask.
+pub fn default_threads() -> usize {
+    static FOUND: OnceLock<usize> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
+        asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    })
+}
+
+impl Run<'_> {
+    /// Call `work` for each of `count` tasks, in any order, on this thread and on helpers from the pool.
+    pub(crate) fn for_each<T: Send>(
+        &self,
+        tasks: impl Iterator<Item = T> + Send,
+        count: usize,
+        work: impl Fn(T) + Sync,
+    ) -> Result<()> {
+        let queue = Mutex::new(tasks.fuse());
+        let stopped = AtomicBool::new(false);
+        let next = || {
+            if stopped.load(Ordering::Relaxed) {
+                return None;
+            }
+            queue.lock().unwrap_or_else(PoisonError::into_inner).next()
+        };
+        let help = || {
+            while let Some(task) = next() {
+                work(task);
+            }
+        };
+        let lead = || {
+            let mut asked = Instant::now();
+            while let Some(task) = next() {
+                work(task);
+                if asked.elapsed() >= WATCH {
+                    asked = Instant::now();
+                    stopped.store((self.interrupted)(), Ordering::Relaxed);
+                }
+            }
+        };
+        let helpers = if count < WORTH_WAKING { 0 } else { self.threads.min(count).saturating_sub(1) };
+        match pool(helpers) {
+            Some(pool) => pool.in_place_scope(|scope| {
+                (0..helpers).for_each(|_| scope.spawn(|_| help()));
+                lead();
+            }),
+            None => lead(),
+        }
+        if stopped.into_inner() { Err(Error::Interrupted) } else { Ok(()) }
+    }
+}
+
+struct Pool {
+    process: u32,
+    helpers: usize,
+    threads: Arc<ThreadPool>,
+}
+
+static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+
+/// A pool of at least so many threads, or `None`: do the work alone.
+///
+/// Rayon's global pool does not survive a fork. Ours is remade in the child, and its lock is never waited for: if the
+/// parent was copied while it held the lock, the child works alone.
+fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
+    if helpers == 0 {
+        return None;
+    }
+    let mut slot = POOL.try_lock().ok()?;
+    let process = std::process::id();
+    match slot.take() {
+        Some(pool) if pool.process == process && pool.helpers >= helpers => *slot = Some(pool),
+        other => {
+            if let Some(inherited) = other.filter(|pool| pool.process != process) {
+                std::mem::forget(inherited); // its threads do not exist here, so it must not wait for them
+            }
+            let name = |index| format!("hiddenkey-{index}");
+            let built = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?;
+            *slot = Some(Pool { process, helpers, threads: Arc::new(built) });
+        }
+    }
+    slot.as_ref().map(|pool| Arc::clone(&pool.threads))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 5] {
+            let run = Run { threads, ..Run::new().unwrap() };
+            let mut seen = vec![0u8; 1000];
+            run.for_each(seen.iter_mut(), 1000, |place| *place += 1).unwrap();
+            assert!(seen.iter().all(|&count| count == 1));
+        }
+    }
+
+    #[test]
+    fn an_interrupted_call_stops_and_says_so() {
+        let run = Run { threads: 2, interrupted: &|| true, ..Run::new().unwrap() };
+        let done = AtomicUsize::new(0);
+        let outcome = run.for_each(0..100_000, 100_000, |_| {
+            std::thread::sleep(Duration::from_millis(1));
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(outcome, Err(Error::Interrupted));
+        assert!(done.into_inner() < 1000);
+    }
+}
