@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hiddenkey_rs.cli.main import main
+from hiddenkey_rs.experiments.interrupts import interruptible
 from reference import check_run
 
 FAST = ["--rank", "2", "--batch-size", "8", "--log-every", "2", "--threads", "1"]
@@ -312,6 +313,21 @@ def test_ctrl_c_is_130(files: list[str], tmp_path: Path) -> None:
     assert error.strip().endswith("hiddenkey: interrupted")
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_swallowed_is_found() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)  # the handler runs in here, and what it raises is ignored
+
+    with interruptible() as check:
+        check()
+        Finalised()
+        with pytest.raises(KeyboardInterrupt):
+            check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow

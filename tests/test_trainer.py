@@ -93,7 +93,8 @@ def test_accumulation_changes_nothing_but_rounding(family: str, tmp_path: Path) 
         run.train()
         results.append((weights(run.model), [entry["loss"] for entry in run.state.log_history if "loss" in entry]))
     for parameters, logged in results[1:]:
-        assert furthest(parameters, results[0][0]) < 1e-7
+        # Weights of T5's embedding reach 4, where one unit in the last place of float32 is 4.8e-7.
+        assert furthest(parameters, results[0][0]) < 1e-6
         assert logged == pytest.approx(results[0][1], abs=1e-5)
 
 

@@ -24,6 +24,7 @@ from .models import add_lora, load_adapter, load_model, quiet_libraries, restore
 from .report import curves
 from .run_config import RunConfig
 from .tasks import TASKS, Task, own_task
+from .interrupts import interruptible
 from .watch import RunState, Watcher
 
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -75,7 +76,8 @@ def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
     else:
         folder.keep_lines_to(out / folder.LOG, int(checkpoint.rpartition("-")[2]))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with interruptible() as watcher.check_interrupt:
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.handle.detach()
     metrics = _metrics(config, prepared, state, model, trainer.state.global_step, started)

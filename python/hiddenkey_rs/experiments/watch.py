@@ -59,6 +59,7 @@ class Watcher(TrainerCallback):
     ) -> None:
         self.out, self.task, self.run, self.evaluation, self.model = out, task, state, evaluation, model
         self.handle: Handle | None = None
+        self.check_interrupt: Callable[[], None] = lambda: None
         self.masks_left = log_masks
         self.progress: Progress | None = None
         self.clock = time.perf_counter()
@@ -75,7 +76,8 @@ class Watcher(TrainerCallback):
             self.handle.record_masks(lambda mask: append_line(self.out / MASKS, _digest(mask)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the progress line on."""
+        """Move the progress line on, or stop if that was asked for."""
+        self.check_interrupt()
         if self.handle is not None:
             self.handle.record_masks(None)
         if self.progress is not None:
