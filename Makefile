@@ -57,6 +57,16 @@ format: setup ## let the formatters write
 bench: ## the mask core's lane orders, nanoseconds a decision
 	@cargo bench -q --bench lane_order
 
+# What is compared is fixed: but for its heading, the file can only change where the stream does.
+stats: SHELL := bash
+stats: .SHELLFLAGS := -o pipefail -c
+stats: ## the long statistics of the masks, into benches/results/stats_hk1.md
+	@{ echo "# Statistics of stream hk1"; echo; \
+	   echo "\`make stats\` on $$(sed -n '/^model name/{s/.*: //p;q}' /proc/cpuinfo 2>/dev/null || uname -m);" \
+	        "$$(rustc -V); commit $$(git describe --always --dirty 2>/dev/null || echo unknown); $$(date -u +%F)."; \
+	   cargo bench -q --bench stats && echo && echo "## Agreement of all paths" && echo && cargo bench -q --bench agreement; \
+	 } | tee benches/results/stats_hk1.md
+
 wheel: setup ## an abi3 wheel in dist/
 	@$(BIN)/maturin build -q --release --out dist
 
@@ -66,5 +76,5 @@ clean: ## remove what was built; the environment stays
 	@rm -rf target dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .cache
 
 # Names that are kept for work on the roadmap: they say so instead of pretending.
-stats gpu compat fuzz soak evidence docs: ## on the roadmap
+gpu compat fuzz soak evidence docs: ## on the roadmap
 	@echo "make $@: not there yet; DESIGN.md's roadmap says what it will hold" >&2; exit 1

@@ -19,6 +19,8 @@ pub enum Error {
     },
     /// A rate is no number in [0, 1].
     Rate(f64),
+    /// A scale is no finite number above 0.
+    Scale(f32),
     /// There must be one length a sample.
     Lengths {
         /// Lengths given.
@@ -55,6 +57,7 @@ impl fmt::Display for Error {
                 write!(f, "{name} must lie in 0..={most} (got {value}); stay within the stream's limits")
             }
             Error::Rate(rate) => write!(f, "rate must be a number in [0, 1] (got {rate}); 0 drops nothing"),
+            Error::Scale(scale) => write!(f, "scale must be a finite number above 0 (got {scale}); 1 rescales nothing"),
             Error::Lengths { lengths, samples } => {
                 write!(f, "there must be one length a sample (got {lengths} lengths for {samples} samples); pass both")
             }
@@ -92,6 +95,7 @@ mod tests {
         let range = Error::Range { name: "layer", value: 1024, most: 1023 };
         assert_eq!(range.to_string(), "layer must lie in 0..=1023 (got 1024); stay within the stream's limits");
         assert!(Error::Rate(f64::NAN).to_string().contains("got NaN"));
+        assert!(Error::Scale(-1.0).to_string().contains("got -1"));
         assert!(Error::Lengths { lengths: 1, samples: 2 }.to_string().contains("1 lengths for 2 samples"));
         let words = Error::Words { words: 1, columns: 33, given: 33 };
         assert!(words.to_string().contains("got 1 words of 33 columns a row for 33 places"));

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::simd::Engine;
 use rayon::{ThreadPool, ThreadPoolBuilder};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,8 +75,13 @@ impl Run<'_> {
         };
         let helpers = if count < WORTH_WAKING { 0 } else { self.threads.min(count).saturating_sub(1) };
         match pool(helpers) {
-            Some(pool) => pool.in_place_scope(|scope| {
-                (0..helpers).for_each(|_| scope.spawn(|_| help()));
+            Some(pool) => pool.threads.in_place_scope(|scope| {
+                for _ in 0..pool.lend(helpers) {
+                    scope.spawn(|_| {
+                        help();
+                        pool.idle.fetch_add(1, Ordering::Relaxed);
+                    });
+                }
                 lead();
             }),
             None => lead(),
@@ -88,16 +93,26 @@ impl Run<'_> {
 struct Pool {
     process: u32,
     helpers: usize,
-    threads: Arc<ThreadPool>,
+    threads: ThreadPool,
+    idle: AtomicUsize,
 }
 
-static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+impl Pool {
+    /// Set so many helpers aside, or as many as are idle. A call never queues behind another one: it would wait for the
+    /// other's whole mask, and could not be stopped meanwhile.
+    fn lend(&self, wanted: usize) -> usize {
+        let lend = |idle: usize| Some(idle - idle.min(wanted));
+        self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lend).map_or(0, |idle| idle.min(wanted))
+    }
+}
+
+static POOL: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
 
 /// A pool of at least so many threads, or `None`: do the work alone.
 ///
 /// Rayon's global pool does not survive a fork. Ours is remade in the child, and its lock is never waited for: if the
 /// parent was copied while it held the lock, the child works alone.
-fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
+fn pool(helpers: usize) -> Option<Arc<Pool>> {
     if helpers == 0 {
         return None;
     }
@@ -110,17 +125,16 @@ fn pool(helpers: usize) -> Option<Arc<ThreadPool>> {
                 std::mem::forget(inherited); // its threads do not exist here, so it must not wait for them
             }
             let name = |index| format!("hiddenkey-{index}");
-            let built = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?;
-            *slot = Some(Pool { process, helpers, threads: Arc::new(built) });
+            let threads = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?;
+            *slot = Some(Arc::new(Pool { process, helpers, threads, idle: AtomicUsize::new(helpers) }));
         }
     }
-    slot.as_ref().map(|pool| Arc::clone(&pool.threads))
+    slot.clone()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_task_runs_once() {
@@ -142,5 +156,30 @@ mod tests {
         });
         assert_eq!(outcome, Err(Error::Interrupted));
         assert!(done.into_inner() < 1000);
+    }
+
+    /// Two calls at once, one of them long: the short one must not wait for the long one's helpers.
+    #[test]
+    fn a_call_does_not_wait_for_another() {
+        let run = || Run { threads: 3, ..Run::new().unwrap() };
+        let (started, released) = (AtomicUsize::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                run().for_each(0..8, 8, |_| {
+                    started.fetch_add(1, Ordering::Relaxed);
+                    while !released.load(Ordering::Relaxed) {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                })
+            });
+            while started.load(Ordering::Relaxed) == 0 {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            let mut seen = [0u8; 100];
+            run().for_each(seen.iter_mut(), 100, |place| *place += 1).unwrap();
+            assert_eq!(seen, [1; 100]);
+            released.store(true, Ordering::Relaxed);
+        });
     }
 }

@@ -83,6 +83,26 @@ def test_every_combination_survives_json_yaml_pickle_and_copies(tmp_path) -> Non
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == ["hiddenkey_config.json"]
 
 
+def test_saved_configs_name_their_stream(tmp_path) -> None:
+    config = hk.HiddenKeyConfig()
+    assert config.stream == "hk1"
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "hiddenkey_config.json"
+    saved = json.loads(file.read_text())
+    assert saved["stream"] == "hk1"
+    assert "stream: hk1" in config.to_yaml()
+    assert hk.HiddenKeyConfig.from_dict({}).stream == "hk1", "configs older than the field"
+    for unknown in ("hk2", "HK1", "", None, 1, ["hk1"]):
+        message = r"unknown stream \(got .*\);.* use one of hk1"
+        with pytest.raises(hk.ConfigError, match=message):
+            hk.HiddenKeyConfig(stream=unknown)
+        file.write_text(json.dumps({**saved, "stream": unknown}))
+        with pytest.raises(hk.ConfigError, match=message):
+            hk.HiddenKeyConfig.from_pretrained(tmp_path)
+        with pytest.raises(hk.ConfigError, match=message):
+            hk.HiddenKeyConfig.from_yaml(f"stream: {json.dumps(unknown)}")
+
+
 @pytest.mark.parametrize(
     ("rate", "expected"), [(0.0, 0), (1.0, 65536), (0.5, 32768), (0.1, 6554), (1e-9, 0), (0.5 / 65536, 1)]
 )

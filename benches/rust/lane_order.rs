@@ -4,6 +4,8 @@
 
 use hiddenkey_rs::mask::{Shape, element};
 use hiddenkey_rs::rng::stream::{Pattern, Site, SiteKey};
+use hiddenkey_rs::simd::{Engine, Level};
+use hiddenkey_rs::threads::Run;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -204,11 +206,14 @@ fn main() {
     let key: SiteKey = Site { seed: 1, step: 2, branch: 0, layer: 3, site: 0 }.key().expect("within limits");
     let sample = 77u64;
     let shape = Shape { samples: &[sample], heads: 1, rows: ROWS, columns: COLUMNS };
-    let expected = element(key, shape, THRESHOLD).expect("within limits");
+    let engine = Engine::new(Level::Portable).expect("everywhere");
+    let run = Run { engine, threads: 1, interrupted: &|| false };
+    let mut expected = vec![0; ROWS * COLUMNS / 32];
+    element(&run, key, shape, THRESHOLD, &mut expected).expect("within limits");
     println!("| variant | ns a decision, median of {REPEATS} | fastest |");
     println!("|---|---|---|");
     time("portable, shipped order (library)", |out| {
-        out.copy_from_slice(&element(key, shape, THRESHOLD).expect("within limits"));
+        element(&run, key, shape, THRESHOLD, out).expect("within limits");
     });
     #[cfg(target_arch = "x86_64")]
     #[allow(unsafe_code)]

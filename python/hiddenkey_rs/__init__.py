@@ -21,7 +21,8 @@ if TYPE_CHECKING:
         HiddenKeyConfig,
     )
     from .errors import ConfigError, DataError, HiddenKeyError, StateError, UnsupportedModelError
-    from .masks import BitMask, MaskKey
+    from .masks import BitMask, MaskKey, get_num_threads, set_num_threads
+    from .plan import StepPlan, plan_step
     from .train import HiddenKeyTrainer, HiddenKeyTrainerMixin
 
 _MODULE_OF = {
@@ -30,7 +31,8 @@ _MODULE_OF = {
         ["PRESETS", "AttentionDrop", "Consistency", "ElementDrop", "HiddenDrop", "HiddenKeyConfig"], "config"
     ),
     **dict.fromkeys(["ConfigError", "DataError", "HiddenKeyError", "StateError", "UnsupportedModelError"], "errors"),
-    **dict.fromkeys(["BitMask", "MaskKey"], "masks"),
+    **dict.fromkeys(["BitMask", "MaskKey", "get_num_threads", "set_num_threads"], "masks"),
+    **dict.fromkeys(["StepPlan", "plan_step"], "plan"),
     **dict.fromkeys(["HiddenKeyTrainer", "HiddenKeyTrainerMixin"], "train"),
 }
 _SUBMODULES = ("losses", "masks", "ops")
@@ -51,12 +53,16 @@ __all__ = [
     "HiddenKeyTrainerMixin",
     "MaskKey",
     "StateError",
+    "StepPlan",
     "UnsupportedModelError",
     "__version__",
     "attach",
+    "get_num_threads",
     "losses",
     "masks",
     "ops",
+    "plan_step",
+    "set_num_threads",
 ]
 
 

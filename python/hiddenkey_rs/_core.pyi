@@ -12,6 +12,7 @@ __all__ = [
     "dropout_rows",
     "element",
     "info",
+    "keep_rows",
     "plan",
     "set_threads",
     "span",
@@ -72,6 +73,14 @@ def dropout(
     hidden: _Hidden,
 ) -> int: ...
 def dropout_rows(keep: NDArray[np.uint8], scale: float, hidden: _Hidden) -> None: ...
+def keep_rows(
+    keep: NDArray[np.uint8],
+    places: NDArray[np.uint32],
+    features: int,
+    heads_inside: bool,
+    back: bool,
+    hidden: _Hidden,
+) -> None: ...
 def derive_key(site: _Site) -> tuple[int, int]: ...
 def info() -> dict[str, Any]: ...
 def set_threads(count: int) -> None: ...

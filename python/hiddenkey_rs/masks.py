@@ -77,7 +77,7 @@ class BitMask:
 
     def __init__(self, words: NDArray[np.uint32], columns: int) -> None:
         self.words = words
-        self.columns = columns
+        self.columns = int(columns)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -87,7 +87,9 @@ class BitMask:
     def to_bool(self, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """One bool a decision, True = keep, of :attr:`shape`; written into ``out`` if given."""
         keep = np.empty(self.shape, _BOOL) if out is None else _fitting(out, self.shape, _BOOL)
-        _core.unpack(self.words, self.columns, keep.view(np.uint8))
+        if self.words.dtype != _WORD:
+            raise DataError(f"packed words are uint32 (got {self.words.dtype}); convert them")
+        _core.unpack(np.ascontiguousarray(self.words), self.columns, keep.view(np.uint8))
         return keep
 
     def to_torch(self, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -246,7 +248,7 @@ def fill_plan(
     """
     rows = int(entries[:, 3].sum()) * len(samples)
     words = _room(None, (rows, 1, 1, columns), _WORD).reshape(-1)
-    counts = np.empty(rows, dtype=np.uint32)
+    counts = _room(None, (rows, 1, 1, 32), _WORD).reshape(-1)
     ids, passes = _samples(samples), branches.astype(np.uint64)
     _core.plan(seed, step, np.ascontiguousarray(entries), ids, passes, _lengths(lengths), columns, words, counts)
     return words, counts
@@ -279,6 +281,26 @@ def drop_rows(keep: NDArray[np.bool_], scale: float, hidden: NDArray[Any], out: 
     _core.dropout_rows(keep.view(np.uint8), scale, (hidden, out))
 
 
+def gather_rows(
+    keep: NDArray[np.bool_], places: NDArray[np.uint32], rows: NDArray[Any], out: NDArray[Any], *, heads_inside: bool
+) -> None:
+    """Write each head's kept rows one behind the other into ``out``; spare places become zero.
+
+    Args:
+        keep: bool (B, H, L), contiguous. places: (B,), how many places each head of an example has in ``out``.
+        rows: contiguous, (B, L, H, D) if ``heads_inside``, else (B, H, L, D); 32-bit floats, or 16-bit ones as uint16.
+        out: flat; for each example (H, places, D).
+    """
+    _core.keep_rows(keep.view(np.uint8), places, rows.shape[-1], heads_inside, False, (rows, out))
+
+
+def scatter_rows(
+    keep: NDArray[np.bool_], places: NDArray[np.uint32], rows: NDArray[Any], out: NDArray[Any], *, heads_inside: bool
+) -> None:
+    """The way back of :func:`gather_rows`: flat ``rows`` at the places they came from in ``out``, zero elsewhere."""
+    _core.keep_rows(keep.view(np.uint8), places, out.shape[-1], heads_inside, True, (rows, out))
+
+
 def realised(rate: float) -> float:
     """The probability of dropping that masks realise for a rate: its 16-bit threshold / 65536."""
     return threshold(rate) / RATE_LEVELS
@@ -297,9 +319,9 @@ def set_num_threads(count: int) -> None:
 
     Default: ``RAYON_NUM_THREADS``, else the processors that affinity and control groups leave the process.
     """
+    check_integer(count, "threads", 1024)
     if count == 0:
         raise ConfigError("threads must be an integer in 1..=1024 (got 0); 1 works on the calling thread alone")
-    check_integer(count, "threads", 1024)
     _core.set_threads(int(count))
 
 
@@ -322,6 +344,7 @@ def _room(out: NDArray[Any] | None, shape: tuple[int, int, int, int], dtype: np.
     ):
         for name, value, bits in (("heads", heads, 10), ("rows", rows, 20), ("columns", columns, 20)):
             check_integer(value, name, 1 << bits)
+        heads, rows, columns = int(heads), int(rows), int(columns)  # NumPy's narrow integers would wrap below
     places = (count, heads, rows, (columns + 31) >> 5 if dtype is _WORD else columns)
     if out is None:
         try:
@@ -334,7 +357,9 @@ def _room(out: NDArray[Any] | None, shape: tuple[int, int, int, int], dtype: np.
 
 
 def _fitting(out: NDArray[Any], places: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    if out.shape != places or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+    if not isinstance(out, np.ndarray):
+        raise ConfigError(f"out must be a NumPy array (got {type(out).__name__}); pass {dtype} of shape {places}")
+    if out.shape != places or out.dtype != dtype or not out.flags.carray:
         raise ConfigError(
             f"out must be a writeable, contiguous array of the mask's shape (got {out.dtype} of shape {out.shape}); "
             f"pass {dtype} of shape {places}"
@@ -343,6 +368,7 @@ def _fitting(out: NDArray[Any], places: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def check_integer(value: Any, name: str, most: int) -> None:
+    """A :class:`ConfigError` that names ``value``, unless it is an integer in 0..=most."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 0 <= value <= most:
         raise ConfigError(f"{name} must be an integer in 0..={most} (got {value!r}); stay within the stream's limits")
@@ -350,7 +376,7 @@ def check_integer(value: Any, name: str, most: int) -> None:
 
 def _samples(samples: Any) -> NDArray[np.uint64]:
     """Sample ids as the core takes them. It checks their range: negative ones arrive there as huge ones."""
-    array = np.ascontiguousarray(samples)
+    array = _array(samples, "sample ids")
     if array.ndim == 1 and (array.dtype is _SIGNED or array.dtype is _UNSIGNED):
         return array.view(np.uint64)
     return check_integers(samples, "sample ids", (1 << 40) - 1).astype(np.uint64)
@@ -365,10 +391,20 @@ def _lengths(lengths: Any) -> NDArray[np.uint32]:
     return check_integers(lengths, "lengths", 1 << 20).astype(np.uint32)
 
 
+def _array(values: Any, name: str) -> NDArray[Any]:
+    try:
+        return np.ascontiguousarray(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(
+            f"{name} must be a list or an array of integers (got no array: {error}); convert them"
+        ) from None
+
+
 def check_integers(values: Any, name: str, most: int) -> NDArray[Any]:
-    array = np.ascontiguousarray(values)
+    """``values`` as a contiguous array (n,) of integers in 0..=most; else a :class:`DataError` that names the worst."""
+    array = _array(values, name)
     if array.size == 0 and array.ndim == 1:
-        return array.astype(np.int64)
+        return np.empty(0, np.int64)
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise DataError(
             f"{name} must be a list or a one-dimensional array of integers (got {array.dtype} of shape {array.shape}); "

@@ -53,10 +53,11 @@ class StepPlan:
         columns: int,
     ) -> None:
         self.entries = tuple(entries)
-        self.samples, self.branches, self.lengths, self.columns = samples, branches, lengths, columns
+        self.samples, self.branches, self.lengths = samples, branches, lengths
         table = [(e.layer, SITES[e.site], _PATTERNS[e.pattern], e.heads, e.threshold) for e in self.entries]
         numbers = np.array(table, dtype=np.uint64).reshape(len(table), 5)
         self._words, self._counts = masks.fill_plan(seed, step, numbers, samples, branches, lengths, columns)
+        self.columns = int(columns)
         ends = np.cumsum([entry.heads * len(samples) for entry in self.entries], dtype=np.int64).tolist()
         self._rows = {
             (entry.layer, entry.site): (end - entry.heads * len(samples), end, entry.heads)
@@ -138,10 +139,13 @@ def plan_step(
     config = HiddenKeyConfig.preset(config) if isinstance(config, str) else config
     for name, value, most in (("layers", layers, 1 << 10), ("heads", heads, 1 << 10), ("step", step, (1 << 32) - 1)):
         masks.check_integer(value, name, most)
+    step, layers, heads = int(step), int(layers), int(heads)
     ids = masks.check_integers(sample_ids, "sample ids", (1 << 40) - 1).astype(np.int64)
     sizes = masks.check_integers(lengths, "lengths", 1 << 20).astype(np.int64)
     if len(ids) != len(sizes):
-        raise DataError(f"there must be one length a sample (got {len(sizes)} lengths for {len(ids)} samples); pass both")
+        raise DataError(
+            f"there must be one length a sample (got {len(sizes)} lengths for {len(ids)} samples); pass both"
+        )
     branches = branches_of(config)
     return StepPlan(
         config.seed,

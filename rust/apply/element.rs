@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Rows, width};
+use super::{Rows, check_scale, width};
 use crate::error::{Result, at_most};
 use crate::mask::element::for_each_block;
 use crate::mask::threshold::LEVELS;
 use crate::rng::stream::{MAX_EXTENT, Pattern, SiteKey};
-use crate::simd::Float;
+use crate::simd::{Float, Store};
 use crate::threads::{PIECE, Run};
 
 /// `out = keep ? x * scale : 0` for `x` of (rows, features), the keep mask's row being (sample, position).
@@ -23,12 +23,13 @@ pub fn element<F: Float>(
     out: &mut [F],
 ) -> Result<u64> {
     at_most("threshold", u64::from(threshold), u64::from(LEVELS))?;
+    check_scale(scale)?;
     let features = width(rows.check()?, x.len(), out.len())?;
     at_most("features", features as u64, MAX_EXTENT)?;
     if out.is_empty() {
         return Ok(0);
     }
-    let engine = run.engine;
+    let (engine, store) = (run.engine, Store::of(size_of_val(out)));
     let kept = AtomicU64::new(0);
     let many = (PIECE / features).max(1);
     let pieces = rows.samples.len().div_ceil(many);
@@ -36,7 +37,8 @@ pub fn element<F: Float>(
     run.for_each(tasks, pieces, |(piece, (x, out))| {
         let mut count = 0;
         let places = rows.samples[piece * many..].iter().zip(&rows.positions[piece * many..]);
-        for ((&sample, &position), (x, out)) in places.zip(x.chunks_exact(features).zip(out.chunks_exact_mut(features))) {
+        for ((&sample, &position), (x, out)) in places.zip(x.chunks_exact(features).zip(out.chunks_exact_mut(features)))
+        {
             if sample < 0 {
                 out.fill(F::ZERO);
                 continue;
@@ -45,10 +47,11 @@ pub fn element<F: Float>(
             let mut done = 0;
             for_each_block(engine, &counters, threshold, out, |words, out| {
                 count += u64::from(engine.count(words));
-                engine.apply(&x[done..done + out.len()], words, scale, out);
+                engine.apply(&x[done..done + out.len()], words, scale, out, store);
                 done += out.len();
             });
         }
+        store.arrive();
         kept.fetch_add(count, Ordering::Relaxed);
     })?;
     Ok(kept.into_inner())
@@ -97,5 +100,10 @@ mod tests {
         assert!(attempt(&[1, 0], &[0], 4).contains("got room for 1"));
         assert!(attempt(&[1, 0, 2], &[0, 0, 0], 4).contains("got room for 4"));
         assert!(attempt(&[1, 0], &[0, 0], 5).contains("got room for 5"));
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            let rows = Rows { samples: &[], positions: &[] };
+            let refused = element(&run, SiteKey([0, 0]), rows, 5, scale, &[] as &[f32], &mut []).unwrap_err();
+            assert!(refused.to_string().starts_with("scale must be"));
+        }
     }
 }

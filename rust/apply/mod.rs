@@ -1,8 +1,10 @@
-//! Dropout applied to hidden states straight from the generator: no mask is ever stored.
+//! Masks in use on the CPU: dropout of hidden states straight from the generator, and rows of keys and values that stay.
 
+mod columns;
 mod element;
 mod rows;
 
+pub use columns::{Kept, Layout, gather, scatter};
 pub use element::element;
 pub use rows::rows;
 
@@ -32,6 +34,11 @@ impl Rows<'_> {
         }
         Ok(self.samples.len())
     }
+}
+
+/// A scale that keeps numbers numbers.
+fn check_scale(scale: f32) -> Result<()> {
+    if scale.is_finite() && scale > 0.0 { Ok(()) } else { Err(Error::Scale(scale)) }
 }
 
 /// `values` must be `rows` rows of equal width; returns the width.

@@ -1,12 +1,13 @@
 //! Dropout of whole rows (tokens): column and span HiddenCut.
 
-use super::width;
+use super::{check_scale, width};
 use crate::error::Result;
 use crate::simd::Float;
 use crate::threads::{PIECE, Run};
 
 /// `out = keep ? x * scale : 0` for `x` of (rows, features) and one byte `keep`, 0 or 1, a row.
 pub fn rows<F: Float>(run: &Run<'_>, keep: &[u8], scale: f32, x: &[F], out: &mut [F]) -> Result<()> {
+    check_scale(scale)?;
     let features = width(keep.len(), x.len(), out.len())?;
     if out.is_empty() {
         return Ok(());

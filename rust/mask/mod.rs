@@ -5,6 +5,8 @@
 pub mod bits;
 pub mod column;
 pub mod element;
+#[cfg(test)]
+mod frozen;
 pub mod plan;
 pub mod span;
 pub mod threshold;
@@ -162,8 +164,12 @@ mod tests {
         let key = SiteKey([1, 2]);
         let run = Run::new().unwrap();
         let shape = Shape { samples: &[1], heads: 1, rows: 1, columns: 1 };
-        let draw = |shape: Shape<'_>, threshold, places: usize| element(&run, key, shape, threshold, &mut vec![0; places]);
-        assert!(matches!(draw(Shape { columns: (1 << 20) + 1, ..shape }, 1, 1), Err(Error::Range { name: "columns", .. })));
+        let draw =
+            |shape: Shape<'_>, threshold, places: usize| element(&run, key, shape, threshold, &mut vec![0; places]);
+        assert!(matches!(
+            draw(Shape { columns: (1 << 20) + 1, ..shape }, 1, 1),
+            Err(Error::Range { name: "columns", .. })
+        ));
         assert!(matches!(draw(Shape { rows: (1 << 20) + 1, ..shape }, 1, 1), Err(Error::Range { name: "rows", .. })));
         assert!(matches!(draw(Shape { heads: (1 << 10) + 1, ..shape }, 1, 1), Err(Error::Range { name: "heads", .. })));
         assert!(matches!(draw(Shape { samples: &[1 << 40], ..shape }, 1, 1), Err(Error::Range { name: "sample", .. })));

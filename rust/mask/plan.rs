@@ -4,7 +4,7 @@ use super::{bits, check_lengths, check_samples, column, span, threshold::LEVELS}
 use crate::error::{Error, Result, at_most};
 use crate::rng::stream::{MAX_BRANCH, MAX_EXTENT, MAX_HEADS, Pattern, Site};
 use crate::simd::Engine;
-use crate::threads::Run;
+use crate::threads::{PIECE, Run};
 
 /// One site of one layer.
 #[derive(Debug, Clone, Copy)]
@@ -73,49 +73,53 @@ pub fn plan(
             return Err(Error::Memory { given, wanted });
         }
     }
+    let many = (PIECE / documents.columns.max(1)).max(1);
     let (mut words, mut counts) = (words, counts);
     let mut tasks = Vec::with_capacity(entries.len());
     for entry in entries {
         let rows = entry.heads * documents.samples.len();
-        let (mine, rest) = std::mem::take(&mut words).split_at_mut(rows * width);
-        let (kept, others) = std::mem::take(&mut counts).split_at_mut(rows);
-        tasks.push((entry, mine, kept));
-        (words, counts) = (rest, others);
+        for first in (0..rows).step_by(many) {
+            let rows = many.min(rows - first);
+            let (mine, rest) = std::mem::take(&mut words).split_at_mut(rows * width);
+            let (kept, others) = std::mem::take(&mut counts).split_at_mut(rows);
+            tasks.push((entry, first, mine, kept));
+            (words, counts) = (rest, others);
+        }
     }
-    let engine = run.engine;
-    run.for_each(tasks.into_iter(), entries.len(), |(entry, words, counts)| {
-        draw(engine, (seed, step), entry, documents, words, counts);
+    let (engine, pieces) = (run.engine, tasks.len());
+    run.for_each(tasks.into_iter(), pieces, |(entry, first, words, counts)| {
+        draw(engine, (seed, step), entry, documents, first, words, counts);
     })
 }
 
+/// Draw some of an entry's rows, the first of which is row `first`: head `first % heads` of document `first / heads`.
 fn draw(
     engine: Engine,
     (seed, step): (u64, u64),
     entry: &Entry,
     documents: Documents<'_>,
+    first: usize,
     words: &mut [u32],
     counts: &mut [u32],
 ) {
     let width = bits::words(documents.columns);
     let derive = |branch| Site { seed, step, branch, layer: entry.layer, site: entry.site }.key();
     let mut branch = None;
-    for (index, &sample) in documents.samples.iter().enumerate() {
-        // A key costs four generator calls, a document's masks a few hundred: one for every run of a branch.
-        let wanted = documents.branches[index];
+    for (index, count) in counts.iter_mut().enumerate() {
+        let (document, head) = ((first + index) / entry.heads, ((first + index) % entry.heads) as u32);
+        // A key costs four generator calls: one for every run of a branch.
+        let wanted = documents.branches[document];
         if branch.is_none_or(|(current, _)| current != wanted) {
             branch = derive(wanted).ok().map(|key| (wanted, key));
         }
         let Some((_, key)) = branch else { continue };
-        let length = documents.lengths[index];
-        for head in 0..entry.heads {
-            let row = index * entry.heads + head;
-            let bits = &mut words[row * width..(row + 1) * width];
-            match entry.pattern {
-                Pattern::Span => span::draw(key, sample, head as u32, length, entry.threshold, bits),
-                _ => column::draw(engine, key, sample, head as u32, length as usize, entry.threshold, bits),
-            }
-            counts[row] = engine.count(bits);
+        let (sample, length) = (documents.samples[document], documents.lengths[document]);
+        let bits = &mut words[index * width..(index + 1) * width];
+        match entry.pattern {
+            Pattern::Span => span::draw(key, sample, head, length, entry.threshold, bits),
+            _ => column::draw(engine, key, sample, head, length as usize, entry.threshold, bits),
         }
+        *count = engine.count(bits);
     }
 }
 

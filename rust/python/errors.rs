@@ -12,13 +12,11 @@ pyo3::import_exception!(hiddenkey_rs.errors, DataError);
 pub fn raise(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
-        Error::Range { name: "sample" | "length" | "position", .. }
+        Error::Range { name: "sample" | "length" | "position" | "kept rows", .. }
         | Error::Lengths { .. }
         | Error::Words { .. }
-        | Error::Memory { .. } => {
-            DataError::new_err(text)
-        }
-        Error::Range { .. } | Error::Rate(_) | Error::Simd(_) => ConfigError::new_err(text),
+        | Error::Memory { .. } => DataError::new_err(text),
+        Error::Range { .. } | Error::Rate(_) | Error::Scale(_) | Error::Simd(_) => ConfigError::new_err(text),
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
     }
 }

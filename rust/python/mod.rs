@@ -7,7 +7,10 @@ mod errors;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn, PyReadwriteArray1, PyReadwriteArrayDyn};
+use numpy::{
+    PyArrayDescrMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadonlyArrayDyn, PyReadwriteArray1,
+    PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -51,10 +54,20 @@ fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyR
 }
 
 /// An array to write: packed words, or one byte a decision.
-#[derive(FromPyObject)]
 enum Room<'py> {
     Words(PyReadwriteArrayDyn<'py, u32>),
     Bytes(PyReadwriteArrayDyn<'py, u8>),
+}
+
+// By hand, and by the width of an item: to try one kind after the other costs microseconds, an exception a failure.
+impl<'py> Room<'py> {
+    fn of(array: &Bound<'py, PyUntypedArray>) -> PyResult<Self> {
+        if array.dtype().itemsize() == 1 {
+            Ok(Room::Bytes(array.extract()?))
+        } else {
+            Ok(Room::Words(array.extract()?))
+        }
+    }
 }
 
 /// (seed, step, branch, layer, site code).
@@ -74,10 +87,10 @@ fn element<'py>(
     rows: usize,
     columns: usize,
     threshold: u32,
-    out: Room<'py>,
+    out: Bound<'py, PyUntypedArray>,
 ) -> PyResult<()> {
     let shape = Shape { samples: samples.as_slice()?, heads, rows, columns };
-    match out {
+    match Room::of(&out)? {
         Room::Words(mut out) => {
             let out = out.as_slice_mut()?;
             call(py, |run| mask::element(run, key(site)?, shape, threshold, out))
@@ -156,6 +169,10 @@ fn plan<'py>(
         let threshold = u32::try_from(threshold).unwrap_or(u32::MAX);
         Entry { layer, site, pattern, heads: heads as usize, threshold }
     };
+    let given = entries.as_array().ncols();
+    if given != 5 {
+        return Err(raise(Error::Memory { given, wanted: 5 }));
+    }
     let entries: Vec<Entry> = entries.as_slice()?.as_chunks().0.iter().map(entry).collect();
     let documents = Documents {
         samples: samples.as_slice()?,
@@ -167,11 +184,23 @@ fn plan<'py>(
     call(py, |run| mask::plan::plan(run, (seed, step), &entries, documents, words, counts))
 }
 
-/// Hidden states to read and to write: float32, or bfloat16 as its bits.
-#[derive(FromPyObject)]
+/// Hidden states to read and to write: float32, or 16 bits (bfloat16; where nothing is computed, float16 too).
 enum Hidden<'py> {
     Single(PyReadonlyArrayDyn<'py, f32>, PyReadwriteArrayDyn<'py, f32>),
     Brain(PyReadonlyArrayDyn<'py, u16>, PyReadwriteArrayDyn<'py, u16>),
+}
+
+/// Hidden states to read, and to write.
+type Pair<'py> = (Bound<'py, PyUntypedArray>, Bound<'py, PyUntypedArray>);
+
+impl<'py> Hidden<'py> {
+    fn of((from, to): &Pair<'py>) -> PyResult<Self> {
+        if from.dtype().itemsize() == 2 {
+            Ok(Hidden::Brain(from.extract()?, to.extract()?))
+        } else {
+            Ok(Hidden::Single(from.extract()?, to.extract()?))
+        }
+    }
 }
 
 /// Returns how many places were kept.
@@ -184,7 +213,7 @@ fn dropout<'py>(
     positions: PyReadonlyArray1<'py, i64>,
     threshold: u32,
     scale: f32,
-    hidden: Hidden<'py>,
+    hidden: Pair<'py>,
 ) -> PyResult<u64> {
     let key = SiteKey([site_key.0, site_key.1]);
     let rows = apply::Rows { samples: samples.as_slice()?, positions: positions.as_slice()? };
@@ -200,21 +229,16 @@ fn dropout<'py>(
         call(py, |run| apply::element(run, key, rows, threshold, scale, x, out).map(|count| kept = count))?;
         Ok(kept)
     }
-    match hidden {
+    match Hidden::of(&hidden)? {
         Hidden::Single(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
         Hidden::Brain(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
     }
 }
 
 #[pyfunction]
-fn dropout_rows<'py>(
-    py: Python<'py>,
-    keep: PyReadonlyArray1<'py, u8>,
-    scale: f32,
-    hidden: Hidden<'py>,
-) -> PyResult<()> {
+fn dropout_rows<'py>(py: Python<'py>, keep: PyReadonlyArray1<'py, u8>, scale: f32, hidden: Pair<'py>) -> PyResult<()> {
     let keep = keep.as_slice()?;
-    match hidden {
+    match Hidden::of(&hidden)? {
         Hidden::Single(x, mut out) => {
             let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
             call(py, |run| apply::rows(run, keep, scale, x, out))
@@ -223,6 +247,39 @@ fn dropout_rows<'py>(
             let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
             call(py, |run| apply::rows(run, keep, scale, x, out))
         }
+    }
+}
+
+/// `back`: lay `hidden.0`, the short rows, into `hidden.1`; else gather `hidden.0`'s kept rows into it.
+#[allow(clippy::too_many_arguments)]
+#[pyfunction]
+fn keep_rows<'py>(
+    py: Python<'py>,
+    keep: PyReadonlyArray3<'py, u8>,
+    places: PyReadonlyArray1<'py, u32>,
+    features: usize,
+    heads_inside: bool,
+    back: bool,
+    hidden: Pair<'py>,
+) -> PyResult<()> {
+    let [batch, heads, length] = [0, 1, 2].map(|axis| keep.shape()[axis]);
+    let layout = apply::Layout { batch, heads, length, features, heads_inside };
+    let kept = apply::Kept { keep: keep.as_slice()?, places: places.as_slice()? };
+    fn work<F: Float + Default>(
+        py: Python<'_>,
+        layout: apply::Layout,
+        kept: apply::Kept<'_>,
+        back: bool,
+        from: &[F],
+        to: &mut [F],
+    ) -> PyResult<()> {
+        call(py, |run| {
+            if back { apply::scatter(run, layout, kept, from, to) } else { apply::gather(run, layout, kept, from, to) }
+        })
+    }
+    match Hidden::of(&hidden)? {
+        Hidden::Single(from, mut to) => work(py, layout, kept, back, from.as_slice()?, to.as_slice_mut()?),
+        Hidden::Brain(from, mut to) => work(py, layout, kept, back, from.as_slice()?, to.as_slice_mut()?),
     }
 }
 
@@ -258,6 +315,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(plan, module)?)?;
     module.add_function(wrap_pyfunction!(dropout, module)?)?;
     module.add_function(wrap_pyfunction!(dropout_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(keep_rows, module)?)?;
     module.add_function(wrap_pyfunction!(derive_key, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;

@@ -74,15 +74,22 @@ impl SiteKey {
     /// The counters of one mask row, ready for any block. Arguments must be within the stream's limits.
     #[inline]
     pub fn row(&self, pattern: Pattern, sample: u64, head: u32, row: u32) -> Row {
-        debug_assert!(sample <= MAX_SAMPLE && u64::from(head) < MAX_HEADS && u64::from(row) < MAX_EXTENT);
-        Row::new(row | head << 20, sample as u32, (sample >> 32) as u32 | (pattern as u32) << 30, self.0)
+        let [c0, c2, c3] = counter(pattern, sample, head, row);
+        Row::new(c0, c2, c3, self.0)
     }
 
     /// The 32-bit draw of a span's start.
     pub fn span_draw(&self, sample: u64, head: u32) -> u32 {
-        let counter = [head << 20, 0, sample as u32, (sample >> 32) as u32 | (Pattern::Span as u32) << 30];
-        philox4x32(counter, self.0)[0]
+        let [c0, c2, c3] = counter(Pattern::Span, sample, head, 0);
+        philox4x32([c0, 0, c2, c3], self.0)[0]
     }
+}
+
+/// The words of the counter beside c1, which is the block.
+#[inline(always)]
+fn counter(pattern: Pattern, sample: u64, head: u32, row: u32) -> [u32; 3] {
+    debug_assert!(sample <= MAX_SAMPLE && u64::from(head) < MAX_HEADS && u64::from(row) < MAX_EXTENT);
+    [row | head << 20, sample as u32, (sample >> 32) as u32 | (pattern as u32) << 30]
 }
 
 #[cfg(test)]
@@ -122,6 +129,30 @@ mod tests {
             prop_assert_eq!(left, step);
             prop_assert_eq!(u64::from(right), layer | site << 10 | branch << 16);
         }
+    }
+
+    proptest! {
+        /// Within a key, two places never share a counter, nor is one a counter of a key's derivation.
+        #[test]
+        fn a_counter_gives_its_place_back(
+            sample in 0..=MAX_SAMPLE, head in 0..MAX_HEADS as u32, row in 0..MAX_EXTENT as u32, tag in 0..3usize
+        ) {
+            let pattern = [Pattern::Element, Pattern::Column, Pattern::Span][tag];
+            let [c0, c2, c3] = counter(pattern, sample, head, row);
+            prop_assert_eq!((c0 & 0xF_FFFF, c0 >> 20), (row, head));
+            prop_assert_eq!(u64::from(c3 & 0xFF) << 32 | u64::from(c2), sample);
+            prop_assert_eq!((c3 >> 30, c3 & 0x3FFF_FF00), (tag as u32, 0));
+            prop_assert_ne!(c3, DERIVE_TAG);
+        }
+    }
+
+    /// Every column of a row has a lane of its own: one of two halves, of four words, of a block.
+    #[test]
+    fn columns_do_not_share_a_lane() {
+        let lane = |column: u32| (16 * (column / 128) + column % 32 / 2, column % 128 / 32, column % 2);
+        let lanes: HashSet<_> = (0..MAX_EXTENT as u32).map(lane).collect();
+        assert_eq!(lanes.len() as u64, MAX_EXTENT);
+        assert!(lanes.iter().all(|(block, ..)| *block < 1 << 17));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! That is what `vpmuludq` reads and leaves: the low half of a product needs no instruction, the high half one shift.
 
-use super::loops;
+use super::{Store, fetch_ahead, loops};
 use crate::rng::philox::{M0, M1, ROUNDS, Row};
 use std::arch::x86_64::*;
 
@@ -163,17 +163,32 @@ fn lanes(byte: u32) -> __m256i {
 }
 
 #[target_feature(enable = "avx2")]
-pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
+pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32], store: Store) {
+    if store == Store::Around && out.as_ptr().addr().is_multiple_of(32) {
+        scale_f32::<true>(x, words, scale, out);
+    } else {
+        scale_f32::<false>(x, words, scale, out);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn scale_f32<const AROUND: bool>(x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
     let factor = _mm256_set1_ps(scale);
     let (inputs, last) = x.as_chunks::<32>();
     let (whole, rest) = out.as_chunks_mut::<32>();
     for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
+        if AROUND {
+            fetch_ahead(x);
+        }
         for part in 0..4 {
             let keep = _mm256_castsi256_ps(lanes(word >> (8 * part)));
-            // SAFETY: every quarter of `x` and `y` is 8 numbers long; loads and stores need no alignment.
+            // SAFETY: every quarter of `x` and `y` is 8 numbers long; AROUND promises that `out` begins at a multiple of 32
+            // bytes, and every quarter lies as many further; nothing else needs alignment.
             unsafe {
-                let value = _mm256_mul_ps(_mm256_loadu_ps(x.as_ptr().add(8 * part)), factor);
-                _mm256_storeu_ps(y.as_mut_ptr().add(8 * part), _mm256_and_ps(value, keep));
+                let value = _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(x.as_ptr().add(8 * part)), factor), keep);
+                let place = y.as_mut_ptr().add(8 * part);
+                if AROUND { _mm256_stream_ps(place, value) } else { _mm256_storeu_ps(place, value) }
             }
         }
     }
@@ -181,12 +196,25 @@ pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx2")]
-pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
+pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], store: Store) {
+    if store == Store::Around && out.as_ptr().addr().is_multiple_of(32) {
+        scale_bf16::<true>(x, words, scale, out);
+    } else {
+        scale_bf16::<false>(x, words, scale, out);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn scale_bf16<const AROUND: bool>(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
     let factor = _mm256_set1_ps(scale);
     let (half, one, nan) = (wide(0x7FFF), wide(1), wide(0x7FC0));
     let (inputs, last) = x.as_chunks::<32>();
     let (whole, rest) = out.as_chunks_mut::<32>();
     for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
+        if AROUND {
+            fetch_ahead(x);
+        }
         let eight = |part: usize| {
             // SAFETY: every quarter of `x` is 8 numbers long; the load needs no alignment.
             let bits = unsafe { _mm_loadu_si128(x.as_ptr().add(8 * part).cast()) };
@@ -202,8 +230,12 @@ pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
         for pair in 0..2 {
             let packed = _mm256_packus_epi32(eight(2 * pair), eight(2 * pair + 1));
             let ordered = _mm256_permute4x64_epi64::<0xD8>(packed);
-            // SAFETY: either half of `y` is 16 numbers long; the store needs no alignment.
-            unsafe { _mm256_storeu_si256(y.as_mut_ptr().add(16 * pair).cast(), ordered) };
+            // SAFETY: either half of `y` is 16 numbers long; AROUND promises that `out` begins at a multiple of 32 bytes, and
+            // every half lies as many further; the other store needs no alignment.
+            unsafe {
+                let place = y.as_mut_ptr().add(16 * pair).cast();
+                if AROUND { _mm256_stream_si256(place, ordered) } else { _mm256_storeu_si256(place, ordered) }
+            }
         }
     }
     loops::apply(last, &words[inputs.len()..], scale, rest);

@@ -3,7 +3,7 @@
 //! That is what `vpmuludq` reads and leaves: the low half of a product needs no instruction, the high half one shift, and
 //! a round six instructions for eight counters. One 16-bit compare then makes 32 mask bits.
 
-use super::loops;
+use super::{Store, fetch_ahead, loops};
 use crate::rng::philox::{M0, M1, ROUNDS, Row};
 use std::arch::x86_64::*;
 
@@ -139,24 +139,39 @@ pub fn count(words: &[u32]) -> u32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
+pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32], store: Store) {
+    if store == Store::Around && out.as_ptr().addr().is_multiple_of(64) {
+        scale_f32::<true>(x, words, scale, out);
+    } else {
+        scale_f32::<false>(x, words, scale, out);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn scale_f32<const AROUND: bool>(x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
     let factor = _mm512_set1_ps(scale);
     let (inputs, last) = x.as_chunks::<32>();
     let (whole, rest) = out.as_chunks_mut::<32>();
     for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
+        if AROUND {
+            fetch_ahead(x);
+        }
         for half in 0..2 {
             let keep = (word >> (16 * half)) as u16;
-            // SAFETY: both halves of `x` and `y` are 16 numbers long; loads and stores need no alignment.
+            // SAFETY: both halves of `x` and `y` are 16 numbers long; AROUND promises that `out` begins at a multiple of
+            // 64 bytes, and every half lies as many further; nothing else needs alignment.
             unsafe {
-                let value = _mm512_loadu_ps(x.as_ptr().add(16 * half));
-                _mm512_storeu_ps(y.as_mut_ptr().add(16 * half), _mm512_maskz_mul_ps(keep, value, factor));
+                let value = _mm512_maskz_mul_ps(keep, _mm512_loadu_ps(x.as_ptr().add(16 * half)), factor);
+                let place = y.as_mut_ptr().add(16 * half);
+                if AROUND { _mm512_stream_ps(place, value) } else { _mm512_storeu_ps(place, value) }
             }
         }
     }
     loops::apply(last, &words[inputs.len()..], scale, rest);
 }
 
-/// Numbers times `factor`, rounded to bfloat16 in the upper halves; the lower halves hold anything.
+/// Numbers times `factor`, rounded to bfloat16 in the upper halves; the lower halves hold anything. NaN becomes anything.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn scaled(value: __m512i, factor: __m512) -> __m512i {
@@ -164,25 +179,42 @@ fn scaled(value: __m512i, factor: __m512) -> __m512i {
     let bits = _mm512_castps_si512(product);
     // Half a unit, less one where the last bit is even: ties go to even.
     let below = _mm512_add_epi32(bits, wide(0x7FFF));
-    let rounded = _mm512_mask_add_epi32(below, _mm512_test_epi32_mask(bits, wide(1 << 16)), below, wide(1));
-    let unordered = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(product, product);
-    _mm512_mask_mov_epi32(rounded, unordered, wide(0x7FC0_0000))
+    _mm512_mask_add_epi32(below, _mm512_test_epi32_mask(bits, wide(1 << 16)), below, wide(1))
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
+pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], store: Store) {
+    if store == Store::Around && out.as_ptr().addr().is_multiple_of(64) {
+        scale_bf16::<true>(x, words, scale, out);
+    } else {
+        scale_bf16::<false>(x, words, scale, out);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn scale_bf16<const AROUND: bool>(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
     const ODD: u32 = 0xAAAA_AAAA;
     let factor = _mm512_set1_ps(scale);
     let (inputs, last) = x.as_chunks::<32>();
     let (whole, rest) = out.as_chunks_mut::<32>();
     for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
-        // SAFETY: `x` and `y` are 32 numbers long; loads and stores need no alignment.
+        if AROUND {
+            fetch_ahead(x);
+        }
+        // SAFETY: `x` and `y` are 32 numbers long; AROUND promises that `out` begins at a multiple of 64 bytes, and every
+        // `y` lies as many further; nothing else needs alignment.
         unsafe {
             let both = _mm512_loadu_si512(x.as_ptr().cast());
             let even = scaled(_mm512_slli_epi32::<16>(both), factor);
             let odd = scaled(_mm512_and_si512(both, wide(0xFFFF_0000)), factor);
             let merged = _mm512_mask_mov_epi16(_mm512_srli_epi32::<16>(even), ODD, odd);
-            _mm512_storeu_si512(y.as_mut_ptr().cast(), _mm512_maskz_mov_epi16(word, merged));
+            // A product is NaN where the number is (a scale is neither 0 nor infinite): one question for all 32.
+            let magnitude = _mm512_and_si512(both, _mm512_set1_epi16(0x7FFF));
+            let unordered = _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+            let merged = _mm512_mask_mov_epi16(merged, unordered, _mm512_set1_epi16(0x7FC0));
+            let (place, value) = (y.as_mut_ptr().cast(), _mm512_maskz_mov_epi16(word, merged));
+            if AROUND { _mm512_stream_si512(place, value) } else { _mm512_storeu_si512(place.cast(), value) }
         }
     }
     loops::apply(last, &words[inputs.len()..], scale, rest);

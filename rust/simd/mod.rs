@@ -3,14 +3,14 @@
 //! Everything that is `unsafe` in this crate for speed's sake stands in this folder. An [`Engine`] can only be made for
 //! an instruction set that the processor has, which is what makes the calls into the `#[target_feature]` code sound.
 
-mod loops;
-mod portable;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod avx512;
+mod loops;
+mod portable;
 
 use crate::error::{Error, Result};
 use crate::rng::philox::Row;
@@ -25,7 +25,35 @@ pub trait Float: Copy + Send + Sync {
     /// Round to nearest even; every NaN becomes the quiet NaN that torch writes.
     fn round(wide: f32) -> Self;
     /// [`Engine::apply`] for this type.
-    fn apply(engine: Engine, x: &[Self], words: &[u32], scale: f32, out: &mut [Self]);
+    fn apply(engine: Engine, x: &[Self], words: &[u32], scale: f32, out: &mut [Self], store: Store);
+}
+
+/// How results reach memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// Through the cache.
+    Cached,
+    /// Around it: a cache line that is written whole need not be read first. For results too large to be found there again.
+    Around,
+}
+
+impl Store {
+    /// The better way for a result of so many bytes: past half of a last-level cache of usual size, around it.
+    pub fn of(bytes: usize) -> Self {
+        if bytes >= 16 << 20 { Store::Around } else { Store::Cached }
+    }
+
+    /// What went around the cache must have arrived before another thread is told that the work is done: call this at the
+    /// end of a piece of work. (Once a row would make every row wait.)
+    #[inline]
+    pub fn arrive(self) {
+        #[cfg(target_arch = "x86_64")]
+        #[allow(unsafe_code)]
+        if self == Store::Around {
+            // SAFETY: every x86-64 processor has SSE.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
 }
 
 /// The environment variable that forces an instruction set.
@@ -93,7 +121,9 @@ impl Engine {
 
     fn forced(name: Option<&str>) -> Result<Self> {
         match name {
-            None | Some("") => Ok(Engine(Level::ALL.into_iter().rfind(|level| level.available()).unwrap_or(Level::Portable))),
+            None | Some("") => {
+                Ok(Engine(Level::ALL.into_iter().rfind(|level| level.available()).unwrap_or(Level::Portable)))
+            }
             Some(name) => match Level::ALL.into_iter().find(|level| level.name() == name) {
                 Some(level) => Self::new(level),
                 None => Err(Error::Simd(name.to_owned())),
@@ -104,6 +134,19 @@ impl Engine {
     /// The level.
     pub fn level(self) -> Level {
         self.0
+    }
+}
+
+/// Ask for the memory that will be read a page after `x`. The processor's own prefetchers stop at a page's
+/// end, and while a row's bits are drawn nothing else would wait for the next page.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[inline(always)]
+fn fetch_ahead<F, const N: usize>(x: &[F; N]) {
+    const AHEAD: usize = 4096;
+    for line in (0..size_of::<[F; N]>()).step_by(64) {
+        // SAFETY: every x86-64 processor has SSE, and a prefetch reads nothing: it may name any address.
+        unsafe { std::arch::x86_64::_mm_prefetch::<3>(x.as_ptr().cast::<i8>().wrapping_add(AHEAD + line)) };
     }
 }
 
@@ -136,8 +179,8 @@ impl Float for f32 {
         wide
     }
     #[inline]
-    fn apply(engine: Engine, x: &[f32], words: &[u32], scale: f32, out: &mut [f32]) {
-        dispatch!(engine, apply_f32(x, words, scale, out));
+    fn apply(engine: Engine, x: &[f32], words: &[u32], scale: f32, out: &mut [f32], store: Store) {
+        dispatch!(engine, apply_f32(x, words, scale, out, store));
     }
 }
 
@@ -155,8 +198,8 @@ impl Float for u16 {
         (if wide.is_nan() { 0x7FC0 } else { rounded }) as u16
     }
     #[inline]
-    fn apply(engine: Engine, x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
-        dispatch!(engine, apply_bf16(x, words, scale, out));
+    fn apply(engine: Engine, x: &[u16], words: &[u32], scale: f32, out: &mut [u16], store: Store) {
+        dispatch!(engine, apply_bf16(x, words, scale, out, store));
     }
 }
 
@@ -184,9 +227,9 @@ impl Engine {
 
     /// `out = keep ? x * scale : 0`, the product in float32 and rounded to nearest even.
     #[inline]
-    pub fn apply<F: Float>(self, x: &[F], words: &[u32], scale: f32, out: &mut [F]) {
+    pub fn apply<F: Float>(self, x: &[F], words: &[u32], scale: f32, out: &mut [F], store: Store) {
         assert!(x.len() == out.len() && words.len() * 32 >= out.len());
-        F::apply(self, x, words, scale, out);
+        F::apply(self, x, words, scale, out, store);
     }
 }
 
@@ -237,13 +280,14 @@ mod tests {
         }
 
         #[test]
-        fn every_engine_applies(words: [u32; 5], bits: Vec<u32>, scale in 1.0f32..4.0) {
+        fn every_engine_applies(words: [u32; 5], bits: Vec<u32>, scale in 1.0f32..4.0, around: bool) {
+            let store = if around { Store::Around } else { Store::Cached };
             let x: Vec<f32> = bits.iter().take(150).map(|&b| f32::from_bits(b)).collect();
             let halves: Vec<u16> = x.iter().map(|v| (v.to_bits() >> 16) as u16).collect();
             for engine in engines() {
                 let (mut out, mut half) = (vec![9.0; x.len()], vec![9; x.len()]);
-                engine.apply(&x, &words, scale, &mut out);
-                engine.apply(&halves, &words, scale, &mut half);
+                engine.apply(&x, &words, scale, &mut out, store);
+                engine.apply(&halves, &words, scale, &mut half, store);
                 for i in 0..x.len() {
                     let kept = words[i / 32] >> (i % 32) & 1 == 1;
                     let expected = if kept { x[i] * scale } else { 0.0 };

@@ -1,9 +1,17 @@
 //! Plain Rust, written so that the compiler vectorises it for the target's baseline (SSE2, NEON, ...).
 
-use super::loops;
+use super::{Store, loops};
 use crate::rng::philox::{LANES, M0, M1, ROUNDS, Row, mul, round};
 
-pub use loops::{apply as apply_f32, apply as apply_bf16, count, unpack};
+pub use loops::{count, unpack};
+
+pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32], _: Store) {
+    loops::apply(x, words, scale, out);
+}
+
+pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], _: Store) {
+    loops::apply(x, words, scale, out);
+}
 
 pub fn fill(row: &Row, tile: u32, threshold: u16, out: &mut [u32]) {
     for (index, words) in out.chunks_mut(4).enumerate() {

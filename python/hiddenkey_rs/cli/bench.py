@@ -1,0 +1,95 @@
+"""``hiddenkey bench``: what the library's parts cost beside what people use today, checked before it is timed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+BENCHES = {"masks": "masks, plans and dropout on hidden states, against torch's and NumPy's generators"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One subcommand a benchmark; all take the same flags."""
+    benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
+    for name, text in BENCHES.items():
+        sub = benches.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        sub.add_argument("--quick", action="store_true", help="smaller sizes, some seconds; few goals apply to them")
+        sub.add_argument("--json", metavar="FILE", help="append one JSON object a row")
+        sub.add_argument("--plot", metavar="FILE", help="write a picture, PNG")
+        sub.add_argument(
+            "--threads",
+            type=int,
+            nargs="+",
+            metavar="N",
+            help="how many threads to try (default: 1, and 2 if there are)",
+        )
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the tables; 1 if a result was not found right, whether or not goals were met."""
+    from ..benchmarks import harness
+
+    bench = importlib.import_module(f"..benchmarks.{options.bench}", __package__)
+    place = harness.about()
+    threads = _threads(options.threads)
+    check_writable(options.json)
+    check_writable(options.plot, ".png")
+    sizes = bench.QUICK if options.quick else bench.WHOLE
+    rows = list(harness.run(bench.cases(sizes, threads), place))
+    rows += bench.derived(rows, sizes, place)
+    _show(bench, rows, place)
+    if options.json:
+        with Path(options.json).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row.to_dict()) + "\n" for row in rows)
+    if options.plot:
+        bench.plot(rows, options.plot)
+    return 0 if all(row.checked for row in rows) else 1
+
+
+def _show(bench: Any, rows: Sequence[Any], place: Mapping[str, Any]) -> None:
+    from ..experiments.report import table
+
+    print(f"{place['cpu']}, {place['simd']}; {', '.join(f'{name} {text}' for name, text in place['versions'].items())}")
+    for part in bench.tables(rows):
+        print(f"\n{table(part)}")
+    for note in bench.notes(rows):
+        print(f"\n{note}")
+    stated = [row for row in rows if row.goal is not None]
+    wrong = sum(not row.checked for row in rows)
+    print(f"\n{sum(bool(row.met) for row in stated)} of {len(stated)} goals met", end="")
+    print(
+        f"; {wrong} row(s) whose result was not found right"
+        if wrong
+        else "; every result was checked before it was timed"
+    )
+
+
+def _threads(given: Sequence[int] | None) -> list[int]:
+    from .. import masks
+
+    if given is None:
+        return [1, 2] if masks.get_num_threads() > 1 else [1]
+    for count in given:
+        if not 1 <= count <= 1024:
+            raise ConfigError(f"threads must lie in 1..=1024 (got {count}); 1 works on the calling thread alone")
+    return sorted(set(given))
+
+
+def check_writable(file: str | None, suffix: str = "") -> None:
+    """Refuse before the work what could not be written after it."""
+    if file is None:
+        return
+    path, folder = Path(file), Path(file).resolve().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(
+            f"the file cannot be written (got {file!r}); name a file in a folder that exists and is yours"
+        )
+    if not path.name.endswith(suffix):
+        raise ConfigError(f"pictures are written in one format (got {file!r}); let the name end in {suffix}")

@@ -1,0 +1,235 @@
+"""Column and span DropKey that costs less than no dropout: dropped keys leave the computation (bidirectional, CPU).
+
+A dropped column is dropped for every query of its head, so kept keys and values are gathered and attention runs on the
+shorter ones, one example at a time: padding leaves with them, and neither queries nor outputs have to move. The backward
+pass gathers again, so nothing is stored but what attention itself stores.
+
+Tried and dropped: grouping heads of all examples by their exact count (no spare places, but queries, outputs and two
+gradients are copied, which costs what it saves), and counts that are no multiple of 16 (slower than the next one that is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import masks
+from ..errors import ConfigError
+
+_PLACES = 16
+"""Kept rows are padded to a multiple of this: matrix products of other sizes are slower."""
+DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+"""Types of numbers, and what NumPy knows them as."""
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float) -> Tensor:
+    """DropKey attention of one row of kept keys a head: (B, H, Q, D) -> (B, H, Q, D).
+
+    Args:
+        query: (B, H, Q, D). key, value: (B, H, K, D), on the CPU, float32, bfloat16 or float16.
+        keep: bool (B, H, K), the keys that stay of each head; False at padding.
+        real: bool (B, K), the keys that are no padding. A head that keeps none of them gives each query its own value
+            (Q = K then); where there is nothing real, zeros.
+        scaling: of the logits.
+
+    Raises:
+        ConfigError: shapes or types that disagree.
+
+    Example:
+        >>> q = torch.randn(1, 2, 4, 8)
+        >>> keep = torch.tensor([[[True, False, True, True], [False, True, True, False]]])
+        >>> attention(q, q, q, keep, torch.ones(1, 4, dtype=torch.bool), 8**-0.5).shape
+        torch.Size([1, 2, 4, 8])
+    """
+    return _attention(query, key, value, keep, real, scaling)[0]
+
+
+@torch.library.custom_op("hiddenkey_rs::compact_attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The output and the logarithm of each row's denominator, float32 (B, H, Q)."""
+    _check(query, key, value, keep, real)
+    out, total = _empty(query)
+    for example in _examples(query, key, value, keep):
+        if example.places:
+            result, sums = _forward(*example.tensors(), 0.0, False, attn_mask=example.mask, scale=scaling)
+            out[example.row], total[example.row] = result, sums
+        for head in example.lost:
+            out[example.number, head] = _own(value, real, example.number, head)
+    return out, total
+
+
+@_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    return _empty(query)
+
+
+@torch.library.custom_op("hiddenkey_rs::compact_attention_backward", mutates_args=())
+def _gradients(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    real: Tensor,
+    out: Tensor,
+    total: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    to_query, to_key, to_value = _like(query), _like(key), _like(value)
+    for example in _examples(query, key, value, keep):
+        n, row = example.number, example.row
+        if example.places:
+            saved = (out[row], total[row], 0.0, False)
+            found = _backward(gradient[row], *example.tensors(), *saved, attn_mask=example.mask, scale=scaling)
+            to_query[row] = found[0]
+            example.scatter(found[1], to_key)
+            example.scatter(found[2], to_value)
+        else:
+            to_query[n] = to_key[n] = to_value[n] = 0
+        for head in example.lost:
+            to_query[n, head] = 0
+            to_value[n, head] = _own(gradient, real, n, head)
+    return to_query, to_key, to_value
+
+
+@_gradients.register_fake
+def _(
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    real: Tensor,
+    out: Tensor,
+    total: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(query)[0], _like(key), _like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
+    return *_gradients(gradient, *ctx.saved_tensors, ctx.scaling), None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@dataclass
+class _Example:
+    """One example's shorter keys and values: how many places a head has, and which of them are spare."""
+
+    number: int
+    places: int
+    keep: Tensor
+    mask: Tensor | None
+    """-inf at spare places, (1, H, 1, places); ``None`` if there are none."""
+    lost: list[int]
+    """Heads that keep nothing. They attend to zeros, and their result is replaced."""
+    long: tuple[Tensor, Tensor, Tensor]
+    room: list[Tensor]
+
+    @property
+    def row(self) -> slice:
+        return slice(self.number, self.number + 1)
+
+    @property
+    def _sizes(self) -> np.ndarray[Any, Any]:
+        return np.array([self.places], dtype=np.uint32)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The example's queries, and its kept keys and values: (1, H, Q, D) and twice (1, H, places, D)."""
+        query, key, value = (tensor[self.row] for tensor in self.long)
+        shape = (1, key.shape[1], self.places, key.shape[-1])
+        short = [flat[: math.prod(shape)] for flat in self.room]
+        for rows, flat in zip((key, value), short, strict=True):
+            inside, laid = _laid(rows)
+            masks.gather_rows(self.keep.numpy(), self._sizes, _numpy(laid), _numpy(flat), heads_inside=inside)
+        return query, short[0].view(shape), short[1].view(shape)
+
+    def scatter(self, short: Tensor, out: Tensor) -> None:
+        """Lay gradients of the kept rows, (1, H, places, D), where they belong; zero elsewhere."""
+        inside, laid = _laid(out[self.row])
+        flat = short.contiguous().flatten()
+        masks.scatter_rows(self.keep.numpy(), self._sizes, _numpy(flat), _numpy(laid), heads_inside=inside)
+
+
+def _examples(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Iterator[_Example]:
+    batch, heads, length, features = key.shape
+    keep = keep.contiguous()
+    counts = keep.sum(dim=-1, dtype=torch.int32)
+    most = counts.amax(dim=1).tolist() if heads else [0] * batch
+    places = [min(-(-count // _PLACES) * _PLACES, length) for count in most]
+    # One example after the other in the same memory: it stays in the cache, and nothing new has to be mapped.
+    room = [key.new_empty(heads * max(places, default=0) * features) for _ in range(2)]
+    laid = (query, *(rows if _laid(rows)[1].data_ptr() == rows.data_ptr() else rows.contiguous() for rows in (key, value)))
+    column = torch.arange(length)
+    for number in range(batch):
+        count = counts[number]
+        lost = (count == 0).nonzero().flatten().tolist()
+        spare = column[: places[number]] >= count.masked_fill(count == 0, places[number])[:, None]
+        mask = spare.new_zeros(spare.shape, dtype=query.dtype).masked_fill_(spare, -torch.inf)[None, :, None]
+        full = not bool(spare.any())
+        yield _Example(
+            number, places[number], keep[number : number + 1], None if full else mask, lost, laid, room
+        )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor) -> None:
+    batch, heads, length, _ = key.shape
+    fits = query.shape[:2] == key.shape[:2] and value.shape == key.shape and query.shape[-1] == key.shape[-1]
+    if not fits or keep.shape != (batch, heads, length) or real.shape != (batch, length):
+        raise ConfigError(
+            f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
+            f"{tuple(value.shape)}, {tuple(keep.shape)}, {tuple(real.shape)}); repeat grouped heads first"
+        )
+    if query.dtype not in DTYPES or query.device.type != "cpu":
+        raise ConfigError(
+            f"keys are gathered on the CPU in float32, bfloat16 and float16 (got {query.dtype} on {query.device}); "
+            "use a boolean mask"
+        )
+
+
+def _own(rows: Tensor, real: Tensor, example: int, head: int) -> Tensor:
+    """One head's rows (K, D), zero at padding."""
+    return rows[example, head].masked_fill(~real[example][:, None], 0.0)
+
+
+def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the output, (B, H, Q, D) with heads inside as transformers wants them, and for the denominators."""
+    batch, heads, length, features = query.shape
+    out = query.new_empty((batch, length, heads, features)).transpose(1, 2)
+    return out, query.new_zeros((batch, length, heads), dtype=torch.float32).transpose(1, 2)
+
+
+def _like(rows: Tensor) -> Tensor:
+    """Memory for (B, H, K, D) in the same order as ``rows``."""
+    return torch.empty_like(rows.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _laid(rows: Tensor) -> tuple[bool, Tensor]:
+    """Whether heads lie inside rows in memory, and the contiguous tensor that says so."""
+    swapped = rows.transpose(1, 2)
+    return (True, swapped) if swapped.is_contiguous() else (False, rows.contiguous())
+
+
+def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.view(DTYPES[tensor.dtype]).numpy()
