@@ -241,7 +241,7 @@ def test_words_are_handed_over_and_repr_says_what_it_is() -> None:
 def test_the_gil_is_released() -> None:
     done: list[float] = []
     worker = threading.Thread(
-        target=lambda: (masks.element(MaskKey(), [0], 1 << 12, 1 << 15, 0.1), done.append(time.perf_counter()))
+        target=lambda: (masks.element(MaskKey(), [0], 1 << 13, 1 << 18, 0.1), done.append(time.perf_counter()))
     )
     worker.start()
     turns = 0

@@ -13,7 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from ..config import HiddenKeyConfig
+from .. import ops
 from ..errors import ConfigError, StateError
+from ..serialise import choice
 from . import hooks, report, two_pass
 from .checks import base_model, check_model, check_plan
 from .families import family_of
@@ -41,7 +43,8 @@ def attach(
         stock_dropout: ``"keep"`` leaves the model's own dropout on (and warns once: its masks are torch's, not
             reproducible the way these are); ``"off"`` switches it off until :meth:`Handle.detach`, as the paper does.
             ``lora_dropout`` belongs to the adapter and is never touched.
-        impl: ``"auto"``, ``"reference"`` or ``"sdpa"``; an explicit choice never falls back.
+        impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"`` or ``"compact"``
+            (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back.
 
     Raises:
         UnsupportedModelError: no transformers model, or a family without a place to attach to.
@@ -73,8 +76,7 @@ class Handle:
                 f"config must be a HiddenKeyConfig or a preset's name (got {type(config).__name__}); "
                 "see HiddenKeyConfig.preset"
             )
-        if impl not in ("auto", "reference", "sdpa"):
-            raise ConfigError(f"unknown impl (got {impl!r}); use auto, reference or sdpa")
+        choice(impl, ops.IMPLEMENTATIONS, "impl")
         self.model, self.config, self.impl = model, config, impl
         self.base = base_model(model)
         if self.base in _ATTACHED:

@@ -6,7 +6,6 @@ the call. Outside an active training pass they are the functions that the model 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -98,55 +97,35 @@ def hiddenkey_attention(
     layer.current = step
     layer.depth = layer.index if call is None else call * site.stack.inner + layer.index  # type: ignore[union-attr]
     allowed, bias = _allowed_and_bias(attention_mask, position_bias)
-    kept = _kept(step, site, query, key, allowed)
+    if step.running:
+        step.reached.add(site)
+        site.calls += 1
+    how = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(layer.depth)
-    output = ops.attention(
+    if drop is None:
+        _note_received(site, query, key, allowed, None, **how)
+        impl = "auto" if step.impl == "compact" else step.impl
+        output = ops.attention(query, key, value, allowed=allowed, kept=allowed, dropout=dropout, impl=impl, **how)
+        return output.transpose(1, 2).contiguous(), None
+    heads = key.shape[1] if drop.heads == "group" else query.shape[1]
+    keep = attention_keep(step, site, drop, layer.depth, heads, query.shape[2], key.shape[2])
+    _note_received(site, query, key, allowed, keep, **how)
+    output, dropped, total = ops.dropped_attention(
         query,
         key,
         value,
         allowed=allowed,
-        kept=kept,
-        position=drop.position if drop is not None else "dropkey",
-        scaling=scaling,
-        bias=bias,
-        softcap=softcap,
-        sinks=s_aux,
+        keep=keep,
+        rescue="all" if site.kind == "cross-attention" else "own",
+        rate=drop.realised,
+        position=drop.position,
         dropout=dropout,
         impl=step.impl,
+        **how,
     )
-    _note_received(site, query, key, allowed, kept, scaling=scaling, bias=bias, softcap=softcap, sinks=s_aux)
+    if step.running:
+        site.count(layer.depth, dropped, total)
     return output.transpose(1, 2).contiguous(), None
-
-
-def _kept(step: StackPass, site: Site, query: Tensor, key: Tensor, allowed: Tensor | None) -> Tensor | None:
-    """The pairs that this call may use, after the rescue; ``None`` = all of them. Counts them while running."""
-    depth = site.layer.depth
-    if step.running:
-        step.reached.add(site)
-        site.calls += 1
-    drop = site.drops.get(depth)
-    if drop is None:
-        return allowed
-    heads, groups = query.shape[1], key.shape[1]
-    queries, keys = query.shape[2], key.shape[2]
-    keep = attention_keep(step, site, drop, depth, groups if drop.heads == "group" else heads, queries, keys)
-    if keep.shape[1] != heads:
-        keep = keep.repeat_interleave(heads // keep.shape[1], dim=1)
-    rescue = "all" if site.kind == "cross-attention" else "own"
-    kept = ops.kept_set(allowed, keep, rescue=rescue, queries=queries, keys=keys)
-    if step.running:
-        shape = (query.shape[0], heads, queries, keys)
-        total = _pairs(allowed, shape) if allowed is not None else torch.tensor(math.prod(shape), device=query.device)
-        site.count(depth, total - _pairs(kept, shape), total)
-    return kept
-
-
-def _pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """How many pairs of the full ``shape`` a broadcastable mask marks (0-dim int64; nothing waits for a device)."""
-    repeats = 1
-    for have, want in zip(mask.shape, shape, strict=True):
-        repeats *= want // have if have else 1
-    return mask.count_nonzero() * repeats
 
 
 def _allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -160,12 +139,16 @@ def _allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tup
 
 
 def _note_received(
-    site: Site, query: Tensor, key: Tensor, allowed: Tensor | None, kept: Tensor | None, **how: Any
+    site: Site, query: Tensor, key: Tensor, allowed: Tensor | None, keep: Tensor | None, **how: Any
 ) -> None:
     """Leave the attention that each key received where an attention-guided HiddenCut span will look for it."""
     if site.kind != "attention" or not site.layer.guided:
         return
     with torch.no_grad():
+        kept = allowed
+        if keep is not None:
+            keep = ops.repeat_heads(keep, query.shape[1])
+            kept = ops.kept_set(allowed, keep, rescue="own", queries=query.shape[2], keys=key.shape[2])
         weights = ops.attention_weights(query, key, allowed=allowed, kept=kept, **how)
         site.layer.received = weights.sum(dim=(1, 2), dtype=torch.float32)
 

@@ -1,12 +1,13 @@
 """Masked attention and hidden-state arithmetic in torch. ``reference`` defines correct, ``api`` chooses."""
 
-from .api import attention
+from .api import IMPLEMENTATIONS, attention, dropped_attention, worth_gathering
 from .fused import drop_elements, drop_rows
 from .generator import column_keep, derive_key, element_keep, philox, row_keep, span_draw, span_keep
 from .hidden import drop_hidden, guided_span
-from .reference import attention_weights, causal, kept_set, sliding_window
+from .reference import attention_weights, causal, kept_set, repeat_heads, sliding_window
 
 __all__ = [
+    "IMPLEMENTATIONS",
     "attention",
     "attention_weights",
     "causal",
@@ -15,12 +16,15 @@ __all__ = [
     "drop_elements",
     "drop_hidden",
     "drop_rows",
+    "dropped_attention",
     "element_keep",
     "guided_span",
     "kept_set",
     "philox",
+    "repeat_heads",
     "row_keep",
     "sliding_window",
     "span_draw",
     "span_keep",
+    "worth_gathering",
 ]

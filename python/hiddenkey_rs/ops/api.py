@@ -2,13 +2,130 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..serialise import choice
-from . import reference, sdpa
+from . import compact, reference, sdpa
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact")
+
+GATHER_COST = 48
+"""Gathering costs what attention to so many keys costs each query: measured, ``hiddenkey bench attention`` shows it."""
+
+
+def dropped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    allowed: Tensor | None,
+    keep: Tensor,
+    rescue: str,
+    rate: float,
+    position: str = "dropkey",
+    scaling: float | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention under a drawn mask: the output (B, H, Q, D), and how many pairs were dropped and allowed, int64 ().
+
+    Args:
+        query, key, value, allowed, position, scaling, bias, softcap, sinks, dropout: as :func:`.reference.attention`.
+        keep: bool (B, H or Hkv, 1 or Q, K), the drawn mask. rescue: as :func:`.reference.kept_set`.
+        rate: the probability of dropping, for the choice between gathering kept keys and masking dropped ones.
+        impl: as :func:`attention`, and ``"compact"``: kept keys are gathered (CPU, whole columns, bidirectional). ``"auto"``
+            gathers where the keys that go are worth it (:func:`worth_gathering`).
+
+    Raises:
+        ConfigError: an unknown ``impl`` or position, or an explicit ``impl`` that cannot compute this.
+    """
+    choice(impl, IMPLEMENTATIONS, "impl")
+    shape = (*query.shape[:3], key.shape[2])
+    keep = reference.repeat_heads(keep, query.shape[1])
+    obstacle = _gather_obstacle(query, allowed, keep, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
+    if impl == "compact" and obstacle is not None:
+        raise ConfigError(f"kept keys cannot be gathered here: {obstacle} (got impl='compact'); use impl='auto'")
+    if obstacle is None and (impl == "compact" or (impl == "auto" and worth_gathering(shape[2], shape[3], rate))):
+        return _gathered(query, key, value, allowed, keep, rescue, scaling)
+    kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
+    output = attention(
+        query,
+        key,
+        value,
+        allowed=allowed,
+        kept=kept,
+        position=position,
+        scaling=scaling,
+        bias=bias,
+        softcap=softcap,
+        sinks=sinks,
+        dropout=dropout,
+        impl=impl,
+    )
+    total = count_pairs(allowed, shape) if allowed is not None else query.new_tensor(math.prod(shape), dtype=torch.int64)
+    return output, total - count_pairs(kept, shape), total
+
+
+def worth_gathering(queries: int, keys: int, rate: float) -> bool:
+    """Whether gathering kept keys is faster than masking dropped ones: the keys that go, against what moving the rest costs.
+
+    An example's heads share one number of places, the most that any of them keeps, so fewer leave than are dropped.
+    """
+    most = keys * (1 - rate) + 1.6 * math.sqrt(keys * rate * (1 - rate))
+    places = min(-(-most // compact.PLACES) * compact.PLACES, keys)
+    return (1 - places / max(keys, 1)) * queries >= GATHER_COST
+
+
+def _gather_obstacle(query: Tensor, allowed: Tensor | None, keep: Tensor, dropout: float) -> str | None:
+    """Why kept keys cannot be gathered, or ``None`` if they can."""
+    if query.device.type != "cpu" or query.dtype not in compact.DTYPES:
+        return f"it runs on the CPU in float32, bfloat16 and float16, not in {query.dtype} on {query.device.type}"
+    if keep.shape[2] != 1 or (allowed is not None and (allowed.shape[2] != 1 or allowed.shape[1] != 1)):
+        return "queries of a head see different keys"
+    if dropout:
+        return f"the stock model's attention dropout draws on weights (rate {dropout})"
+    return None
+
+
+def _gathered(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor | None,
+    keep: Tensor,
+    rescue: str,
+    scaling: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    real = keep.new_ones(batch, keys) if allowed is None else allowed[:, 0, 0].expand(batch, keys)
+    stays = keep[:, :, 0].expand(batch, heads, keys) & real[:, None]
+    lost = ~stays.any(dim=-1)
+    if rescue == "all":
+        stays = stays | (lost[..., None] & real[:, None])
+    key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
+    output = compact.attention(query, key, value, stays, real, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    total = real.count_nonzero() * (heads * queries)
+    kept = stays.count_nonzero() * queries
+    if rescue == "own":  # a real query keeps its own key, one of padding all allowed ones
+        length = real.sum(dim=-1)
+        kept = kept + (lost.sum(dim=-1) * (length + (queries - length) * length)).sum()
+    return output, total - kept, total
+
+
+def count_pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """How many pairs of the full ``shape`` a broadcastable mask marks (0-dim int64; nothing waits for a device)."""
+    repeats = 1
+    for have, want in zip(mask.shape, shape, strict=True):
+        repeats *= want // have if have else 1
+    return mask.count_nonzero() * repeats
 
 
 def attention(
@@ -48,6 +165,8 @@ def attention(
     obstacle = sdpa.obstacle(position, bias, softcap, sinks)
     if impl == "sdpa" and obstacle is not None:
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
+    if impl == "compact":
+        raise ConfigError("keys can only be gathered under a drawn mask (got impl='compact'); call dropped_attention")
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)
     return reference.attention(

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import masks
 from ..errors import ConfigError
 
-_PLACES = 16
+PLACES = 16
 """Kept rows are padded to a multiple of this: matrix products of other sizes are slower."""
 DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 """Types of numbers, and what NumPy knows them as."""
@@ -177,7 +177,7 @@ def _examples(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Iterat
     keep = keep.contiguous()
     counts = keep.sum(dim=-1, dtype=torch.int32)
     most = counts.amax(dim=1).tolist() if heads else [0] * batch
-    places = [min(-(-count // _PLACES) * _PLACES, length) for count in most]
+    places = [min(-(-count // PLACES) * PLACES, length) for count in most]
     # One example after the other in the same memory: it stays in the cache, and nothing new has to be mapped.
     room = [key.new_empty(heads * max(places, default=0) * features) for _ in range(2)]
     laid = (query, *(rows if _laid(rows)[1].data_ptr() == rows.data_ptr() else rows.contiguous() for rows in (key, value)))

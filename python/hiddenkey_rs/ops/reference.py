@@ -99,7 +99,7 @@ def attention(
     ).to(query.dtype)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return weights @ _every_head(value, query)
+    return weights @ repeat_heads(value, query.shape[1])
 
 
 def attention_weights(
@@ -116,7 +116,7 @@ def attention_weights(
 ) -> Tensor:
     """The weights that :func:`attention` multiplies values with: (B, H, Q, K), float32 or float64, zero where dropped."""
     logits = (
-        query @ _every_head(key, query).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        query @ repeat_heads(key, query.shape[1]).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     )
     if bias is not None:
         logits = logits + bias
@@ -160,7 +160,7 @@ def _log_sink(logits: Tensor, allowed: Tensor, sinks: Tensor) -> Tensor:
     return sinks.to(logits.dtype)[None, :, None, None] - _log_total(logits, allowed, sinks)
 
 
-def _every_head(grouped: Tensor, query: Tensor) -> Tensor:
-    """Key/value heads repeated to query heads."""
-    repeats = query.shape[1] // grouped.shape[1]
+def repeat_heads(grouped: Tensor, heads: int) -> Tensor:
+    """Key/value heads (axis 1) repeated to ``heads`` query heads."""
+    repeats = heads // grouped.shape[1]
     return grouped if repeats == 1 else grouped.repeat_interleave(repeats, dim=1)

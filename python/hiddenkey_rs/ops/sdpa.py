@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import _every_head
+from .reference import repeat_heads
 
 
 def obstacle(position: str, bias: Tensor | None, softcap: float | None, sinks: Tensor | None) -> str | None:
@@ -31,7 +31,7 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """DropKey attention over a kept set; arguments and result as :func:`.reference.attention`."""
-    key, value = _every_head(key, query), _every_head(value, query)
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     if kept is None:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     # What SDPA makes of a row without keys differs by version and backend (zeros, a mean, NaN): it never sees one.
