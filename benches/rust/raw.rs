@@ -1,4 +1,4 @@
-//! The raw stream for batteries of tests: `cargo run --release --example raw -- [BYTES] | RNG_test stdin32`.
+//! The raw stream for batteries of tests: `cargo run --release --example raw -- [SEED [BYTES]] | RNG_test stdin32`.
 //!
 //! Writes the 16-bit lanes that masks compare with their thresholds, little-endian, in the order of the columns, and visits
 //! the counters as training does: small numbers that change one at a time. What a battery must not see is that
@@ -28,12 +28,12 @@ fn row(key: [u32; 2], c0: u32, c2: u32, c3: u32, out: &mut Vec<u8>) {
 }
 
 /// Write at most `bytes`, step after step.
-fn write(mut bytes: u64, to: &mut impl Write) -> io::Result<()> {
+fn write(seed: u64, mut bytes: u64, to: &mut impl Write) -> io::Result<()> {
     let mut buffer = Vec::new();
     for index in 0.. {
         let (site, layer, branch) = (index % SITES, index / SITES % LAYERS, index / SITES / LAYERS % BRANCHES);
         let step = index / SITES / LAYERS / BRANCHES;
-        let key = Site { seed: 42, step, branch, layer, site }.key().map_err(io::Error::other)?.0;
+        let key = Site { seed, step, branch, layer, site }.key().map_err(io::Error::other)?.0;
         for place in 0..SAMPLES * HEADS {
             let (sample, head) = (SAMPLES * step + place / HEADS, (place % HEADS) as u32);
             buffer.clear();
@@ -52,15 +52,17 @@ fn write(mut bytes: u64, to: &mut impl Write) -> io::Result<()> {
 }
 
 fn main() -> ExitCode {
-    let bytes = match std::env::args().nth(1).map(|text| text.parse()) {
-        None => u64::MAX,
-        Some(Ok(bytes)) => bytes,
-        Some(Err(_)) => {
-            eprintln!("raw: the only argument is a number of bytes");
+    let numbers: Result<Vec<u64>, _> = std::env::args().skip(1).map(|text| text.parse()).collect();
+    let (seed, bytes) = match numbers.as_deref() {
+        Ok([]) => (42, u64::MAX),
+        Ok([seed]) => (*seed, u64::MAX),
+        Ok([seed, bytes]) => (*seed, *bytes),
+        _ => {
+            eprintln!("raw: the arguments are a seed and a number of bytes");
             return ExitCode::from(2);
         }
     };
-    match write(bytes, &mut io::stdout().lock()) {
+    match write(seed, bytes, &mut io::stdout().lock()) {
         // Whoever reads has had enough.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             eprintln!("raw: {error}");
