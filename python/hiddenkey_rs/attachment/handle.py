@@ -19,9 +19,11 @@ from ..serialise import choice
 from . import hooks, report, two_pass
 from .checks import base_model, check_model, check_plan
 from .families import family_of
+from .head import head_of
 from .implementation import implementations
 from .passes import MaskRecorder
 from .session import ActiveStep, Session
+from .sharing import Sharing
 from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
 from .stock import StockDropout
 from .tokens import check_positions, check_sample_ids
@@ -104,7 +106,8 @@ class Handle:
             implementation.attach()
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self.session = Session(self.config.seed, self.stacks, attention, found, self.impl, self.drops)
-        self._removers = hooks.install(self.session, self.stacks, self.output)
+        self.sharing, self.head = Sharing(self), head_of(self)
+        self._removers = hooks.install(self.session, self.stacks, self.output, self.head)
         _ATTACHED.add(self.base)
         self._attached = True
 
@@ -130,6 +133,11 @@ class Handle:
     def drops(self) -> bool:
         """Whether any site of this model drops anything."""
         return any(site.drops for site in self.sites)
+
+    @property
+    def adapter_dropout(self) -> bool:
+        """Whether an adapter of the model drops its inputs (peft's ``lora_dropout``)."""
+        return any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in self.model.named_modules())
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -227,8 +235,7 @@ class Handle:
                 "a consistency term compares distributions over classes, and a multi-label head has none "
                 "(got problem_type 'multi_label_classification'); set consistency=None"
             )
-        adapter_dropout = any("lora_dropout" in name and getattr(m, "p", 0) for name, m in self.model.named_modules())
-        if not self.drops and not self.stock.live and not adapter_dropout:
+        if not self.drops and not self.stock.live and not self.adapter_dropout:
             self.stock.restore()
             raise ConfigError(
                 f"the two passes of the consistency term would be identical: nothing is dropped anywhere (got "

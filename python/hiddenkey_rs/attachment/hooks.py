@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import DataError, StateError
+from .head import Head, note_autocast
 from .interface import DEPTH_KEYWORD, PASS_KEYWORD
 from .passes import StackPass, drop_pooled, drop_tokens
 from .sites import Site, SiteDrop, Stack
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 # All hooks are closures: a closure survives deepcopy of a hooked module by reference, a bound method would copy us.
 
 
-def install(session: Session, stacks: list[Stack], output: Site | None) -> list[RemovableHandle]:
+def install(
+    session: Session, stacks: list[Stack], output: Site | None, head: Head | None
+) -> list[RemovableHandle]:
     """Register every hook that the plan needs; returns their removal handles."""
     removers: list[RemovableHandle] = []
     for stack in stacks:
@@ -33,6 +36,8 @@ def install(session: Session, stacks: list[Stack], output: Site | None) -> list[
                 removers.append(site.module.register_forward_hook(_input_hook(session, site)))
     if output is not None:
         removers.append(output.module.register_forward_pre_hook(_output_hook(session, output), with_kwargs=True))
+    if head is not None:  # after the output position: it hands over what that leaves
+        removers.append(head.module.register_forward_pre_hook(_head_hook(session, head)))
     return removers
 
 
@@ -127,6 +132,18 @@ def _drop_inputs(
         return args, {**kwargs, "inputs_embeds": _cut(step, site, 0, kwargs["inputs_embeds"])}
     place = list(signature.parameters).index("inputs_embeds")
     return (*args[:place], _cut(step, site, 0, args[place]), *args[place + 1 :]), kwargs
+
+
+def _head_hook(session: Session, head: Head) -> Callable[..., Any]:
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        receive = session.head_receives
+        if receive is None or module is not head.module:
+            return None
+        note_autocast(head, args[0])
+        receive(args[0])
+        return (args[0][:, :0], *args[1:])
+
+    return before
 
 
 def _output_hook(session: Session, site: Site) -> Callable[..., Any]:

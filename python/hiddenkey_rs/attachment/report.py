@@ -36,6 +36,8 @@ class Report:
     family: str
     layers: int
     stock_dropout: str
+    second_pass: str
+    """How many layers run once for both passes of a two-pass loss, or why none does; empty if there is one pass."""
     rows: tuple[ReportRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class Report:
     def __str__(self) -> str:
         head = f"{self.model} ({self.family}): {len(self.rows)} site(s) in {self.layers} layer(s) drop"
         lines = [f"{head}; the model's own dropout: {self.stock_dropout}"]
+        lines += [f"second pass: {self.second_pass}"] if self.second_pass else []
         cells = [_COLUMNS, *(_cells(row) for row in self.rows)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(_COLUMNS))]
         lines += [
@@ -61,7 +64,17 @@ def build(handle: Handle) -> Report:
     stock = "off" if handle.stock.off else f"kept in {handle.stock.live} place(s)"
     base = handle.base
     depths = sum(stack.depths for stack in handle.stacks)
-    return Report(type(base).__name__, base.config.model_type, depths, stock, tuple(unique.values()))
+    second = _second_pass(handle, depths)
+    return Report(type(base).__name__, base.config.model_type, depths, stock, second, tuple(unique.values()))
+
+
+def _second_pass(handle: Handle, depths: int) -> str:
+    part = handle.config.consistency
+    if part is None or part.gradient == "both":
+        return ""
+    if handle.sharing.reason is not None:
+        return f"runs all {depths} layers ({handle.sharing.reason})"
+    return f"runs {depths - handle.sharing.count} of {depths} layers; the others run once for both"
 
 
 def realised(sites: Iterable[Site]) -> dict[str, float]:

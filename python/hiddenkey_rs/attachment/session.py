@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,6 +54,8 @@ class Session:
         self.capture = False
         self.features: Tensor | None = None
         """What the head received, where ``capture`` asks for it."""
+        self.head_receives: Callable[[Tensor], None] | None = None
+        """Where a vocabulary head leaves what it received instead of making logits of it."""
         self._running: dict[Stack, StackPass | None] = {}
         self._proven = False
 

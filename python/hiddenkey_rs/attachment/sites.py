@@ -103,6 +103,7 @@ class Stack:
     spec: StackSpec
     depths: int
     sites: list[Site] = field(default_factory=list)
+    layer_modules: list[nn.Module] = field(default_factory=list)
     groups: list[nn.Module] = field(default_factory=list)
     inner: int = 1
     entries: tuple[tuple[PlanEntry, ...], tuple[PlanEntry, ...]] = ((), ())
@@ -252,7 +253,7 @@ def stream_site(kind: str, role: str, encoder_decoder: bool) -> str:
 def _stack(module: Any, name: str, spec: StackSpec, family: Family) -> Stack:
     role = spec.role or _config_role(module)
     modules = list(_layer_modules(module, spec))
-    stack = Stack(module, name, role, spec, depths=len(modules))
+    stack = Stack(module, name, role, spec, depths=len(modules), layer_modules=[layer for _, layer in modules])
     if spec.shared:
         stack.groups = list(module.get_submodule(spec.shared).children())
         stack.inner = len(modules) // len(stack.groups)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import Consistency
 from ..errors import ConfigError, DataError
+from .head import Head, loss_rows, token_losses, without_logits
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -42,64 +43,137 @@ def compute(
     if batch.get("labels") is None:
         raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
     part = handle.config.consistency
+    part = None if part is None or part.weight == 0 else part
     # Asked before the passes, so that an accelerator's host waits for the labels alone.
     items = count_items(handle, batch)
     nothing = int(items) == 0
+    if handle.head is not None and task_loss is None and not nothing and batch["labels"].dim() == 2:
+        return _on_tokens(handle, handle.head, model, part, batch, num_items)
+    passes = _passes(handle, model, part, batch)
     per_row = None
-    if part is None or part.weight == 0:
-        outputs, _ = _run(handle, model, batch)
-        labels = batch["labels"]
-    elif part.gradient == "both":
-        outputs, labels, per_row = _doubled(handle, model, part, batch)
-    else:
-        # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
-        second = _second_pass(handle, model, part, batch)
-        outputs, features = _run(handle, model, batch)
-        labels, first = batch["labels"], _rows(handle, part, batch, outputs, features)
-        per_row = losses.consistency(part.kind, first, second, gradient="one")
+    if part is not None and passes.second is not None:
+        per_row = losses.consistency(part.kind, passes.first, passes.second, gradient=part.gradient)
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
-    task = outputs.loss if task_loss is None else task_loss(outputs, labels)
+    task = passes.outputs.loss if task_loss is None else task_loss(passes.outputs, passes.labels)
     if nothing:  # a mean over no tokens is NaN, and so is its gradient
-        task = 0.0 * outputs.logits.sum()
+        task = 0.0 * passes.outputs.logits.sum()
     elif num_items is not None:
         task = task * (items / num_items)
     if per_row is None or part is None:
-        return LossOutput(task, task.detach(), None, outputs)
+        return LossOutput(task, task.detach(), None, passes.outputs)
     consistency = losses.reduce(per_row, num_items)
     loss = task + part.weight * consistency.to(task.dtype)
-    return LossOutput(loss, task.detach(), consistency.detach(), outputs)
+    return LossOutput(loss, task.detach(), consistency.detach(), passes.outputs)
 
 
-def _second_pass(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> Tensor:
+def _on_tokens(
+    handle: Handle, head: Head, model: nn.Module, part: Consistency | None, batch: dict[str, Any], num_items: Any
+) -> LossOutput:
+    """Both terms from what the vocabulary head received: logits exist for a few loss-bearing tokens at a time."""
+
+    def rows(batch: dict[str, Any], outputs: Any, received: Any) -> tuple[Tensor, Tensor]:
+        return loss_rows(received, batch["labels"], shifts_labels(handle))
+
+    passes = _passes(handle, model, part, batch, rows)
+    (first, labels), (second, _) = passes.first, passes.second or (None, None)
+    both = part is not None and part.gradient == "both"
+    scale = 1 / torch.as_tensor(len(labels) if num_items is None else num_items, device=first.device)
+    weight = 0.0 if part is None else part.weight
+    task_scale = scale / 2 if both else scale
+    kind = None if part is None else part.kind
+    loss, task, consistency = token_losses(
+        head, first, second, labels, kind=kind, both=both, scales=(task_scale, weight * scale)
+    )
+    found = None if second is None else (consistency * scale).detach()
+    return LossOutput(loss, (task * task_scale).detach(), found, passes.outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """What the passes of a batch gave: the rows to compare (``second``: None if there is one pass), outputs, labels."""
+
+    first: Any
+    second: Any
+    outputs: Any
+    labels: Tensor
+
+
+_Rows = Callable[[dict[str, Any], Any, Any], Any]
+
+
+def _passes(
+    handle: Handle, model: nn.Module, part: Consistency | None, batch: dict[str, Any], rows: _Rows | None = None
+) -> _Passes:
+    """Run what the consistency term asks for. ``rows`` makes of (batch, outputs, features) what is compared."""
+    on_tokens = rows is not None
+    if part is None:
+        outputs, features = _run(handle, model, batch, on_tokens)
+        return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch["labels"])
+    compared = rows or (lambda batch, outputs, features: _rows(handle, part, batch, outputs, features))
+    if part.gradient == "both":
+        doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
+        with handle.session.branches((0, 1)):
+            outputs, features = _run(handle, model, doubled, on_tokens)
+        return _halves(compared(doubled, outputs, features), outputs, doubled["labels"])
+    share = handle.sharing.layers and not on_compiled(model)
+    if not share:
+        # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
+        second = _second_pass(handle, model, part, batch, compared, on_tokens)
+        outputs, features = _run(handle, model, batch, on_tokens)
+    else:
+        with handle.sharing.recording():
+            outputs, features = _run(handle, model, batch, on_tokens)
+        with handle.sharing.skipping():
+            second = _second_pass(handle, model, part, batch, compared, on_tokens)
+    return _Passes(compared(batch, outputs, features), second, outputs, batch["labels"])
+
+
+def _halves(rows: Any, outputs: Any, labels: Tensor) -> _Passes:
+    """The two branches of a doubled batch."""
+    if isinstance(rows, tuple):
+        (first, second), (one, two) = (part.chunk(2) for part in rows)
+        return _Passes((first, one), (second, two), outputs, labels)
+    return _Passes(*rows.chunk(2), outputs, labels)
+
+
+def _second_pass(
+    handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any], compared: _Rows, on_tokens: bool
+) -> Any:
     with torch.no_grad():
         if part.kind == "js":
             with _evaluating(model):
-                outputs, features = _run(handle, model, batch)
-        else:
-            with handle.session.branches((1,), force=True):
-                outputs, features = _run(handle, model, batch)
-        return _rows(handle, part, batch, outputs, features)
+                return compared(batch, *_run(handle, model, batch, on_tokens))
+        with handle.session.branches((1,), force=True):
+            return compared(batch, *_run(handle, model, batch, on_tokens))
 
 
-def _doubled(handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any]) -> tuple[Any, Tensor, Tensor]:
-    """Both branches with gradient, as one pass over the batch twice: outputs, labels, consistency by row."""
-    doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
-    with handle.session.branches((0, 1)):
-        outputs, features = _run(handle, model, doubled)
-    first, second = _rows(handle, part, doubled, outputs, features).chunk(2)
-    return outputs, doubled["labels"], losses.consistency(part.kind, first, second, gradient="both")
+def on_compiled(model: nn.Module) -> bool:
+    """Whether calling the model runs compiled code, of which no layer can be left out."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
-def _run(handle: Handle, model: nn.Module, batch: dict[str, Any]) -> tuple[Any, Tensor | None]:
-    """One forward pass, and what the head received where the consistency term compares that."""
+def _run(handle: Handle, model: nn.Module, batch: dict[str, Any], on_tokens: bool) -> tuple[Any, Tensor | None]:
+    """One forward pass, and what the head received where that is compared, or where tokens' losses are made of it."""
     session = handle.session
     session.capture, session.features = _compares_features(handle), None
     session.target_mask = _target_mask(handle, batch)
     try:
+        if on_tokens:
+            with without_logits(handle) as received:
+                outputs = model(**_without_labels(handle, batch))
+            return outputs, received[-1]
         outputs = model(**batch)
         return outputs, session.features
     finally:
         session.capture, session.features, session.target_mask = False, None, None
+
+
+def _without_labels(handle: Handle, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch for a model that is not to make a loss; an encoder-decoder's inputs come from the labels, as it makes them."""
+    rest = {name: value for name, value in batch.items() if name != "labels"}
+    if handle.base.config.is_encoder_decoder and rest.get("decoder_input_ids") is None:
+        rest["decoder_input_ids"] = handle.base.prepare_decoder_input_ids_from_labels(batch["labels"])
+    return rest
 
 
 def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:

@@ -1,0 +1,195 @@
+"""Task loss and consistency of a vocabulary head, on the tokens that carry loss, a few at a time.
+
+A head over a vocabulary makes the largest tensors of a step: (tokens, vocabulary) logits, their float32 copies and their
+gradients, twice with a second pass. Here the head hands over what it received instead, and logits exist for one piece of
+the loss-bearing tokens at a time: made, turned into both terms and their gradients, and gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import losses
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+_PIECE = 1 << 22
+"""Logits of a piece: 16 MiB in float32, far below what the rest of a step holds, and enough rows to keep a head busy."""
+
+
+@dataclass(eq=False)
+class Head:
+    """A vocabulary head: the module that makes logits, and what the model does to them afterwards."""
+
+    module: nn.Module
+    softcap: float | None
+    bias: Tensor | None
+    autocast: dict[str, Any] = field(default_factory=dict)
+    """How the model ran its head: a trainer may wrap the model's forward alone."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (N, vocabulary) of (N, D) hidden states."""
+        with torch.autocast(**self.autocast) if self.autocast else nullcontext():
+            logits = self.module.forward(hidden)  # not __call__: what hooks do was done when the whole batch came by
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return (logits if self.bias is None else logits + self.bias).float()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What of it is trained."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+
+def head_of(handle: Handle) -> Head | None:
+    """The model's vocabulary head, if its loss is the mean cross-entropy over tokens and nothing else."""
+    base = handle.base
+    module = base.get_output_embeddings()
+    named = any(word in type(base).__name__ for word in ("LMHead", "ForCausalLM", "ConditionalGeneration", "MaskedLM"))
+    # A router's balancing loss is made inside the model, from the labels' presence.
+    if module is None or not named or getattr(base.config, "output_router_logits", False):
+        return None
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    return Head(module, softcap, getattr(base, "final_logits_bias", None))
+
+
+@contextmanager
+def without_logits(handle: Handle) -> Iterator[list[Tensor]]:
+    """Forward passes inside leave what their head received, (B, L, D), in the list, and make no logits."""
+    received: list[Tensor] = []
+    session = handle.session
+    session.head_receives = received.append
+    try:
+        yield received
+    finally:
+        session.head_receives = None
+
+
+def note_autocast(head: Head, hidden: Tensor) -> None:
+    """Remember under which automatic precision the model runs its head."""
+    device = hidden.device.type
+    enabled = torch.is_autocast_enabled(device)
+    head.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
+
+
+def loss_rows(hidden: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """Hidden states and labels of the tokens that carry loss: (N, D) and (N,)."""
+    if shift:
+        hidden, labels = hidden[:, :-1], labels[:, 1:]
+    carries = labels != losses.IGNORED
+    return hidden[carries], labels[carries]
+
+
+def token_losses(
+    head: Head,
+    first: Tensor,
+    second: Tensor | None,
+    labels: Tensor,
+    *,
+    kind: str | None,
+    both: bool,
+    scales: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over tokens of both terms, and the loss: (task * scales[0] + consistency * scales[1], task, consistency).
+
+    Args:
+        head: what makes logits.
+        first, second: (N, D), what it received in the gradient pass and in the other one (``None``: there is none).
+        labels: (N,). kind: of the consistency term. both: gradient and task loss through ``second`` too.
+        scales: 0-dim; the loss has them inside, so that gradients are made while a piece's logits exist.
+
+    Only the first result has a gradient.
+    """
+    run = _Pieces(head, labels, kind, both, scales)
+    return _TokenLosses.apply(run, first, second, *head.parameters)  # type: ignore[no-any-return]
+
+
+@dataclass(eq=False)
+class _Pieces:
+    """The loop over pieces of tokens."""
+
+    head: Head
+    labels: Tensor
+    kind: str | None
+    both: bool
+    scales: tuple[Tensor, Tensor]
+
+    def terms(self, first: Tensor, second: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head.logits(first)
+        task = F.cross_entropy(logits, labels, reduction="sum")
+        if second is None or self.kind is None:
+            return task, task.new_zeros(())
+        with torch.set_grad_enabled(self.both and torch.is_grad_enabled()):
+            others = self.head.logits(second)
+        if self.both:
+            task = task + F.cross_entropy(others, labels, reduction="sum")
+        gradient = "both" if self.both else "one"
+        return task, losses.consistency(self.kind, logits, others, gradient=gradient).sum()
+
+    def run(self, states: list[Tensor | None], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(loss, task, consistency), and the loss' gradients: of states, then of the head's parameters."""
+        first, second = states
+        assert first is not None
+        parameters = self.head.parameters
+        rows = max(16, _PIECE // max(self.vocabulary(first), 1))
+        totals = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
+        gradients: list[Tensor | None] = [
+            torch.empty_like(state) if state is not None and want else None
+            for state, want in zip(states, wanted, strict=False)
+        ]
+        trained = [torch.zeros_like(parameter) for parameter in parameters]
+        for start in range(0, len(first), rows):
+            piece = slice(start, start + rows)
+            leaves = [None if s is None else s[piece].detach().requires_grad_(w) for s, w in zip(states, wanted, strict=False)]
+            assert leaves[0] is not None
+            with torch.set_grad_enabled(any(wanted)):
+                terms = self.terms(leaves[0], leaves[1], self.labels[piece])
+                loss = terms[0] * self.scales[0] + terms[1] * self.scales[1]
+            for total, term in zip(totals, (loss, *terms), strict=True):
+                total += term.detach()
+            targets = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+            targets += parameters if any(wanted[2:]) else []
+            if not targets:
+                continue
+            found = iter(torch.autograd.grad(loss, targets))
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient[piece] = next(found)
+            for total, part in zip(trained, found, strict=False):
+                total += part
+        return totals, [*gradients, *(trained if any(wanted[2:]) else [None] * len(parameters))]
+
+    def vocabulary(self, hidden: Tensor) -> int:
+        """How many logits the head makes."""
+        with torch.no_grad():
+            return self.head.logits(hidden[:1]).shape[-1] if len(hidden) else 1
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Makes the gradients together with the loss; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, run: _Pieces, first: Tensor, second: Tensor | None, *parameters: Tensor) -> Any:
+        wanted = list(ctx.needs_input_grad[1:])
+        wanted[1] = wanted[1] and run.both
+        totals, gradients = run.run([first, second], wanted)
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, *_: Any) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the loss of a step was differentiated twice; keep its gradient instead")
+        return None, *(None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
+
+

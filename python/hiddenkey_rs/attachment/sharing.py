@@ -1,0 +1,102 @@
+"""Layers that run once for both passes of a two-pass loss: those below the first one that drops anything.
+
+Up to there both passes are the same computation. The gradient pass leaves the output of the last such layer, and in the
+second pass every one of them hands that on in place of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .sites import Stack
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+class Sharing:
+    """Which layers of a model's stacks both passes share, and the outputs that the gradient pass left."""
+
+    def __init__(self, handle: Handle) -> None:
+        self.layers: list[list[nn.Module]] = []
+        self.reason: str | None = _obstacle(handle)
+        if self.reason is None:
+            self.layers = _common(handle.stacks)
+            if not self.layers:
+                self.reason = "the first layer drops already"
+        self._outputs: list[Any] = []
+
+    @property
+    def count(self) -> int:
+        """How many layers run once for both passes."""
+        return sum(len(layers) for layers in self.layers)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """A gradient pass inside leaves what the second pass will need. Replays of checkpoints come later, outside."""
+        self._outputs = [None] * len(self.layers)
+        with ExitStack() as removers:
+            for index, layers in enumerate(self.layers):
+                handle = layers[-1].register_forward_hook(self._keeper(index))
+                removers.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """A pass inside takes what the last gradient pass left, and runs none of the shared layers."""
+        skipped = [layer for layers in self.layers for layer in layers]
+        for layers, output in zip(self.layers, self._outputs, strict=True):
+            for layer in layers:
+                layer.forward = lambda *_, output=output, **__: output
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+            self._outputs = []
+
+    def _keeper(self, index: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self._outputs[index] = _detached(output)
+
+        return keep
+
+
+def _detached(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.detach()
+    return tuple(_detached(part) for part in output) if isinstance(output, tuple) else output
+
+
+def _obstacle(handle: Handle) -> str | None:
+    """Why the passes of this model differ from the start, or its layers cannot be skipped; ``None`` if they can."""
+    part = handle.config.consistency
+    if part is None or part.gradient == "both":
+        return "there is one pass"
+    if handle.stock.live or handle.adapter_dropout:
+        return "torch's own dropout draws anew in every pass"
+    for stack in handle.stacks:
+        if stack.spec.shared:
+            return f"the layers of {type(stack.module).__name__} are one module"
+        if getattr(stack.module, "layerdrop", 0):
+            return "LayerDrop skips other layers in every pass"
+        if any("forward" in vars(layer) for layer in stack.layer_modules):
+            return "another library has replaced the forward code of a layer"
+    return None
+
+
+def _common(stacks: list[Stack]) -> list[list[nn.Module]]:
+    """Each stack's layers below its first dropping one; behind a stack that drops nothing is common."""
+    found = []
+    for stack in stacks:
+        depths = [0 if site.kind == "input" else depth for site in stack.sites for depth in site.drops]
+        below = min(depths, default=stack.depths)
+        if below:
+            found.append(stack.layer_modules[:below])
+        if depths:
+            break
+    return found
