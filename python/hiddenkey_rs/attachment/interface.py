@@ -104,7 +104,7 @@ def hiddenkey_attention(
     drop = site.drops.get(layer.depth)
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
-        impl = "auto" if step.impl == "compact" else step.impl
+        impl = step.impl if step.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
         output = ops.attention(query, key, value, allowed=allowed, kept=allowed, dropout=dropout, impl=impl, **how)
         return output.transpose(1, 2).contiguous(), None
     heads = key.shape[1] if drop.heads == "group" else query.shape[1]

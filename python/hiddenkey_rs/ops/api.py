@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..serialise import choice
-from . import compact, reference, sdpa
+from . import blocked, compact, reference, sdpa
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact", "blocked")
 
+BLOCKED_QUERIES = 192
+"""From so many queries on, a mask that differs by query is applied a block of them at a time; below, blocks are too small."""
 GATHER_COST = 48
 """Gathering costs what attention to so many keys costs each query: measured, ``hiddenkey bench attention`` shows it."""
 
@@ -40,8 +42,9 @@ def dropped_attention(
         query, key, value, allowed, position, scaling, bias, softcap, sinks, dropout: as :func:`.reference.attention`.
         keep: bool (B, H or Hkv, 1 or Q, K), the drawn mask. rescue: as :func:`.reference.kept_set`.
         rate: the probability of dropping, for the choice between gathering kept keys and masking dropped ones.
-        impl: as :func:`attention`, and ``"compact"``: kept keys are gathered (CPU, whole columns, bidirectional). ``"auto"``
-            gathers where the keys that go are worth it (:func:`worth_gathering`).
+        impl: as :func:`attention`, and ``"compact"``: kept keys are gathered (CPU, whole columns, bidirectional), and
+            ``"blocked"``: a block of queries at a time (CPU, masks that differ by query). ``"auto"`` gathers where the keys that
+            go are worth it (:func:`worth_gathering`), and takes blocks from :data:`BLOCKED_QUERIES` queries on.
 
     Raises:
         ConfigError: an unknown ``impl`` or position, or an explicit ``impl`` that cannot compute this.
@@ -49,11 +52,17 @@ def dropped_attention(
     choice(impl, IMPLEMENTATIONS, "impl")
     shape = (*query.shape[:3], key.shape[2])
     keep = reference.repeat_heads(keep, query.shape[1])
-    obstacle = _gather_obstacle(query, allowed, keep, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
-    if impl == "compact" and obstacle is not None:
-        raise ConfigError(f"kept keys cannot be gathered here: {obstacle} (got impl='compact'); use impl='auto'")
-    if obstacle is None and (impl == "compact" or (impl == "auto" and worth_gathering(shape[2], shape[3], rate))):
-        return _gathered(query, key, value, allowed, keep, rescue, scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
+    by_row = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))
+    if impl in ("compact", "blocked"):
+        obstacle = general or (None if by_row or impl == "blocked" else "queries of a head see different keys")
+        if obstacle is not None:
+            raise ConfigError(f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'")
+    if general is None and by_row and (impl == "compact" or (impl == "auto" and worth_gathering(*shape[2:], rate))):
+        return _gathered(query, key, value, allowed, keep, rescue, scale)
+    if general is None and (impl == "blocked" or (impl == "auto" and not by_row and shape[2] >= BLOCKED_QUERIES)):
+        return _in_blocks(query, key, value, allowed, keep, rescue, scale)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
     output = attention(
         query,
@@ -83,15 +92,23 @@ def worth_gathering(queries: int, keys: int, rate: float) -> bool:
     return (1 - places / max(keys, 1)) * queries >= GATHER_COST
 
 
-def _gather_obstacle(query: Tensor, allowed: Tensor | None, keep: Tensor, dropout: float) -> str | None:
-    """Why kept keys cannot be gathered, or ``None`` if they can."""
+def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
+    """Why torch's CPU kernel cannot be called on parts of this attention, or ``None`` if it can."""
     if query.device.type != "cpu" or query.dtype not in compact.DTYPES:
         return f"it runs on the CPU in float32, bfloat16 and float16, not in {query.dtype} on {query.device.type}"
-    if keep.shape[2] != 1 or (allowed is not None and (allowed.shape[2] != 1 or allowed.shape[1] != 1)):
-        return "queries of a head see different keys"
-    if dropout:
-        return f"the stock model's attention dropout draws on weights (rate {dropout})"
-    return None
+    return f"the stock model's attention dropout draws on weights (rate {dropout})" if dropout else None
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, keep: Tensor, rescue: str, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    allowed = keep.new_ones(1, 1, queries, keys) if allowed is None else allowed.expand(-1, 1, queries, keys)
+    key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
+    output, kept = blocked.attention(query, key, value, allowed, keep.expand(batch, -1, -1, -1), rescue, scaling)
+    total = count_pairs(allowed, (batch, heads, queries, keys))
+    return output, total - kept, total
 
 
 def _gathered(
@@ -101,7 +118,7 @@ def _gathered(
     allowed: Tensor | None,
     keep: Tensor,
     rescue: str,
-    scaling: float | None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
@@ -111,7 +128,7 @@ def _gathered(
     if rescue == "all":
         stays = stays | (lost[..., None] & real[:, None])
     key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
-    output = compact.attention(query, key, value, stays, real, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    output = compact.attention(query, key, value, stays, real, scaling)
     total = real.count_nonzero() * (heads * queries)
     kept = stays.count_nonzero() * queries
     if rescue == "own":  # a real query keeps its own key, one of padding all allowed ones
@@ -165,8 +182,8 @@ def attention(
     obstacle = sdpa.obstacle(position, bias, softcap, sinks)
     if impl == "sdpa" and obstacle is not None:
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
-    if impl == "compact":
-        raise ConfigError("keys can only be gathered under a drawn mask (got impl='compact'); call dropped_attention")
+    if impl in ("compact", "blocked"):
+        raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)
     return reference.attention(
