@@ -33,7 +33,9 @@ def threshold(rate: float) -> int:
         >>> threshold(0.1)
         6554
     """
-    return math.floor(RATE_LEVELS * check_rate(rate, "rate", closed=True) + 0.5)
+    if type(rate) is not float or not 0.0 <= rate <= 1.0:  # in one breath: small masks take two microseconds
+        rate = check_rate(rate, "rate", closed=True)
+    return int(RATE_LEVELS * rate + 0.5)
 
 
 def check_rate(rate: Any, name: str, closed: bool = False) -> float:
