@@ -27,18 +27,18 @@ pub fn count(words: &[u32]) -> u32 {
     pairs.iter().map(both).sum::<u32>() + last.iter().map(|word| word.count_ones()).sum::<u32>()
 }
 
-/// Eight bits to eight bytes: a copy of the byte at every place, its own bit singled out, made 0 or 1.
+/// A word's bits, one byte each: a copy of their byte at every place, the own bit singled out. Vectors all the way.
 #[inline(always)]
-pub fn spread(byte: u8) -> u64 {
-    let picked = (u64::from(byte) * 0x0101_0101_0101_0101) & 0x8040_2010_0804_0201;
-    ((picked + 0x7F7F_7F7F_7F7F_7F7F) >> 7) & 0x0101_0101_0101_0101
+fn spread(word: u32) -> [u8; 32] {
+    let bytes = word.to_le_bytes();
+    std::array::from_fn(|i| u8::from(bytes[i / 8] & (1 << (i % 8)) != 0))
 }
 
 #[inline(always)]
 pub fn unpack(words: &[u32], out: &mut [u8]) {
-    for (bytes, &word) in out.chunks_mut(32).zip(words) {
-        for (eight, byte) in bytes.chunks_mut(8).zip(word.to_le_bytes()) {
-            eight.copy_from_slice(&spread(byte).to_le_bytes()[..eight.len()]);
-        }
+    let (whole, rest) = out.as_chunks_mut::<32>();
+    whole.iter_mut().zip(words).for_each(|(bytes, &word)| *bytes = spread(word));
+    if let Some(&word) = words.get(whole.len()) {
+        rest.copy_from_slice(&spread(word)[..rest.len()]);
     }
 }

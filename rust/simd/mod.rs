@@ -11,6 +11,8 @@ mod avx2;
 mod avx512;
 mod loops;
 mod portable;
+#[cfg(target_arch = "x86_64")]
+mod sse2;
 
 use crate::error::{Error, Result};
 use crate::rng::philox::Row;
@@ -256,9 +258,17 @@ mod tests {
         fn every_engine_draws_the_definition(
             c: [u32; 3], key: [u32; 2], tile in 0..70usize, words in 0..13usize, threshold in 1..=u16::MAX
         ) {
+            let row = Row::new(c[0], c[1], c[2], key);
+            let mut drawn: Vec<(Vec<u32>, String)> = vec![];
             for engine in engines() {
                 let mut out = vec![0; words];
-                engine.fill(&Row::new(c[0], c[1], c[2], key), tile, threshold, &mut out);
+                engine.fill(&row, tile, threshold, &mut out);
+                drawn.push((out, format!("{engine:?}")));
+            }
+            let mut out = vec![0; words];
+            portable::plain_fill(&row, tile as u32, threshold, &mut out);
+            drawn.push((out, "plain Rust".to_owned()));
+            for (out, engine) in drawn {
                 for column in 0..32 * words {
                     let expected = keep(c[0], c[1], c[2], key, 128 * tile + column, threshold);
                     prop_assert_eq!(out[column / 32] >> (column % 32) & 1 == 1, expected, "{:?} {}", engine, column);

@@ -1,4 +1,5 @@
-//! Plain Rust, written so that the compiler vectorises it for the target's baseline (SSE2, NEON, ...).
+//! Plain Rust, written so that the compiler vectorises it for the target's baseline (NEON, ...). On x86-64 the inner loop is
+//! that of `sse2`, which is the baseline there.
 
 use super::{Store, loops};
 use crate::rng::philox::{LANES, M0, M1, ROUNDS, Row, mul, round};
@@ -13,7 +14,18 @@ pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], _: Stor
     loops::apply(x, words, scale, out);
 }
 
+#[cfg(not(target_arch = "x86_64"))]
+pub use plain_fill as fill;
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
 pub fn fill(row: &Row, tile: u32, threshold: u16, out: &mut [u32]) {
+    // SAFETY: every x86-64 processor has SSE2.
+    unsafe { super::sse2::fill(row, tile, threshold, out) }
+}
+
+#[cfg_attr(target_arch = "x86_64", allow(dead_code))] // tests run it everywhere
+pub fn plain_fill(row: &Row, tile: u32, threshold: u16, out: &mut [u32]) {
     for (index, words) in out.chunks_mut(4).enumerate() {
         let outputs = draw(row, LANES as u32 * (tile + index as u32));
         for (word, lanes) in words.iter_mut().zip(&outputs) {
