@@ -103,7 +103,7 @@ pub fn fill(row: &Row, tile: u32, threshold: u16, out: &mut [u32]) {
     let reaches = |x: __m128i| _mm_cmpeq_epi16(_mm_subs_epu16(t, x), _mm_setzero_si128());
     let four = |start: u32| {
         let at = |counter: u32| _mm_set_epi64x(i64::from(counter + 1), i64::from(counter));
-        last(row, rounds!(row, [at(start), at(start + 2)], 0, 1, 2, 3, 4, 5)).map(|x| reaches(x))
+        last(row, rounds!(row, [at(start), at(start + 2)], 0, 1, 2, 3, 4, 5)).map(reaches)
     };
     for (index, words) in out.chunks_mut(4).enumerate() {
         let start = 16 * (tile + index as u32);
