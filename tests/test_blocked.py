@@ -46,7 +46,8 @@ def masks(kind: str, batch: int, length: int) -> torch.Tensor:
 def test_equals_attention_under_the_mask(kind, batch, heads, length, pattern, dtype, rate, rescue) -> None:
     generator = torch.Generator().manual_seed(length)
     query, key, value, gradient = (
-        torch.randn(batch, length, heads, 8, generator=generator).to(dtype).transpose(1, 2).requires_grad_() for _ in range(4)
+        torch.randn(batch, length, heads, 8, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+        for _ in range(4)
     )
     keep = torch.rand(batch, heads, length if pattern == "element" else 1, length, generator=generator) >= rate
     how = {"allowed": masks(kind, batch, length), "keep": keep, "rescue": rescue, "rate": rate}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import Consistency
 from ..errors import ConfigError, DataError
+from .checks import on_compiled
 from .head import Head, loss_rows, token_losses, without_logits
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ def _passes(
         return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch["labels"])
     compared = rows or (lambda batch, outputs, features: _rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
-        doubled = {name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()}
+        doubled = {
+            name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()
+        }
         with handle.session.branches((0, 1)):
             outputs, features = _run(handle, model, doubled, on_tokens)
         return _halves(compared(doubled, outputs, features), outputs, doubled["labels"])
@@ -133,7 +136,8 @@ def _halves(rows: Any, outputs: Any, labels: Tensor) -> _Passes:
     if isinstance(rows, tuple):
         (first, second), (one, two) = (part.chunk(2) for part in rows)
         return _Passes((first, one), (second, two), outputs, labels)
-    return _Passes(*rows.chunk(2), outputs, labels)
+    first, second = rows.chunk(2)
+    return _Passes(first, second, outputs, labels)
 
 
 def _second_pass(
@@ -147,11 +151,6 @@ def _second_pass(
             return compared(batch, *_run(handle, model, batch, on_tokens))
 
 
-def on_compiled(model: nn.Module) -> bool:
-    """Whether calling the model runs compiled code, of which no layer can be left out."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
-
-
 def _run(handle: Handle, model: nn.Module, batch: dict[str, Any], on_tokens: bool) -> tuple[Any, Tensor | None]:
     """One forward pass, and what the head received where that is compared, or where tokens' losses are made of it."""
     session = handle.session
@@ -159,10 +158,12 @@ def _run(handle: Handle, model: nn.Module, batch: dict[str, Any], on_tokens: boo
     session.target_mask = _target_mask(handle, batch)
     try:
         if on_tokens:
-            with without_logits(handle) as received:
-                outputs = model(**_without_labels(handle, batch))
+            batch = _without_labels(handle, batch)
+            with without_logits(handle) as received, session.prepared(batch, on_compiled(model)):
+                outputs = model(**batch)
             return outputs, received[-1]
-        outputs = model(**batch)
+        with session.prepared(batch, on_compiled(model)):
+            outputs = model(**batch)
         return outputs, session.features
     finally:
         session.capture, session.features, session.target_mask = False, None, None

@@ -12,24 +12,49 @@ from typing import Any
 
 from ..errors import ConfigError
 
-BENCHES = {"masks": "masks, plans and dropout on hidden states, against torch's and NumPy's generators"}
+BENCHES = {
+    "masks": "masks, plans and dropout on hidden states, against torch's and NumPy's generators",
+    "attention": "attention with dropped keys, forward and backward, against attention without dropout",
+    "step": "a whole LoRA training step with each dropout, against the step without any",
+}
+ON_DEVICES = ("attention", "step")
+"""Benchmarks of what a model computes. They run on a device, and with all threads unless told otherwise."""
+_SHAPE = {
+    "layers": "layers",
+    "hidden": "width of hidden states",
+    "heads": "attention heads",
+    "vocab": "entries of the vocabulary",
+    "length": "tokens of an example",
+    "batch": "examples of a step",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One subcommand a benchmark; all take the same flags."""
+    """One subcommand a benchmark; most flags are the same."""
     benches = parser.add_subparsers(dest="bench", metavar="BENCH", required=True)
     for name, text in BENCHES.items():
         sub = benches.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         sub.add_argument("--quick", action="store_true", help="smaller sizes, some seconds; few goals apply to them")
         sub.add_argument("--json", metavar="FILE", help="append one JSON object a row")
         sub.add_argument("--plot", metavar="FILE", help="write a picture, PNG")
+        default = "all" if name in ON_DEVICES else "1, and 2 if there are"
         sub.add_argument(
-            "--threads",
-            type=int,
-            nargs="+",
-            metavar="N",
-            help="how many threads to try (default: 1, and 2 if there are)",
+            "--threads", type=int, nargs="+", metavar="N", help=f"how many threads to try (default: {default})"
         )
+        if name in ON_DEVICES:
+            sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    _add_step(benches.choices["step"])
+
+
+def _add_step(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--profile", action="store_true", help="also show which parts of the step take the time")
+    sub.add_argument("--compile", action="store_true", help="also time compiled models (torch.compile)")
+    sub.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process for each variant")
+    sub.add_argument("--models", nargs="+", choices=("encoder", "decoder"), help="which models (default: both)")
+    sub.add_argument("--samples", type=int, metavar="N", help="of each variant (default: 7, or 3 with --quick)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights (default: bfloat16 on CUDA only)")
+    for name, text in _SHAPE.items():
+        sub.add_argument(f"--{name}", type=int, metavar="N", help=f"{text}, of the models that run")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -38,13 +63,16 @@ def main(options: argparse.Namespace) -> int:
 
     bench = importlib.import_module(f"..benchmarks.{options.bench}", __package__)
     place = harness.about()
-    threads = _threads(options.threads)
+    threads = _threads(options.threads, options.bench in ON_DEVICES)
     check_writable(options.json)
     check_writable(options.plot, ".png")
-    sizes = bench.QUICK if options.quick else bench.WHOLE
-    rows = list(harness.run(bench.cases(sizes, threads), place))
-    rows += bench.derived(rows, sizes, place)
-    _show(bench, rows, place)
+    if options.bench in ON_DEVICES:
+        rows = list(bench.run(bench.adapted(options), threads, place))
+    else:
+        sizes = bench.QUICK if options.quick else bench.WHOLE
+        rows = list(harness.run(bench.cases(sizes, threads), place))
+        rows += bench.derived(rows, sizes, place)
+    _show(bench, rows, rows[0].about)
     if options.json:
         with Path(options.json).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row.to_dict()) + "\n" for row in rows)
@@ -71,9 +99,12 @@ def _show(bench: Any, rows: Sequence[Any], place: Mapping[str, Any]) -> None:
     )
 
 
-def _threads(given: Sequence[int] | None) -> list[int]:
+def _threads(given: Sequence[int] | None, most: bool) -> list[int]:
+    """How many threads to try, ``most``: all of them by default."""
     from .. import masks
 
+    if given is None and most:
+        return [masks.get_num_threads()]
     if given is None:
         return [1, 2] if masks.get_num_threads() > 1 else [1]
     for count in given:

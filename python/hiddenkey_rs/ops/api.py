@@ -51,16 +51,22 @@ def dropped_attention(
     """
     choice(impl, IMPLEMENTATIONS, "impl")
     shape = (*query.shape[:3], key.shape[2])
-    keep = reference.repeat_heads(keep, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
     by_row = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))
     if impl in ("compact", "blocked"):
         obstacle = general or (None if by_row or impl == "blocked" else "queries of a head see different keys")
         if obstacle is not None:
-            raise ConfigError(f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'")
-    if general is None and by_row and (impl == "compact" or (impl == "auto" and worth_gathering(*shape[2:], rate))):
+            raise ConfigError(
+                f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'"
+            )
+    if (
+        general is None
+        and by_row
+        and (impl == "compact" or (impl == "auto" and worth_gathering(shape[2], shape[3], rate)))
+    ):
         return _gathered(query, key, value, allowed, keep, rescue, scale)
+    keep = reference.repeat_heads(keep, query.shape[1])
     if general is None and (impl == "blocked" or (impl == "auto" and not by_row and shape[2] >= BLOCKED_QUERIES)):
         return _in_blocks(query, key, value, allowed, keep, rescue, scale)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
@@ -78,7 +84,9 @@ def dropped_attention(
         dropout=dropout,
         impl=impl,
     )
-    total = count_pairs(allowed, shape) if allowed is not None else query.new_tensor(math.prod(shape), dtype=torch.int64)
+    total = (
+        count_pairs(allowed, shape) if allowed is not None else query.new_tensor(math.prod(shape), dtype=torch.int64)
+    )
     return output, total - count_pairs(kept, shape), total
 
 
@@ -120,21 +128,23 @@ def _gathered(
     rescue: str,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+    batch, _, queries, _ = query.shape
+    heads, keys = keep.shape[1], key.shape[2]
+    if heads != key.shape[1]:  # one mask a query head
+        key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
+    groups = query.shape[1] // heads
     real = keep.new_ones(batch, keys) if allowed is None else allowed[:, 0, 0].expand(batch, keys)
     stays = keep[:, :, 0].expand(batch, heads, keys) & real[:, None]
     lost = ~stays.any(dim=-1)
     if rescue == "all":
         stays = stays | (lost[..., None] & real[:, None])
-    key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
     output = compact.attention(query, key, value, stays, real, scaling)
     total = real.count_nonzero() * (heads * queries)
     kept = stays.count_nonzero() * queries
     if rescue == "own":  # a real query keeps its own key, one of padding all allowed ones
         length = real.sum(dim=-1)
         kept = kept + (lost.sum(dim=-1) * (length + (queries - length) * length)).sum()
-    return output, total - kept, total
+    return output, groups * (total - kept), groups * total
 
 
 def count_pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

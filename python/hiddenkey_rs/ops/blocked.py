@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .compact import DTYPES, _backward, _empty, _forward, _like
 
+
 def block_rows(queries: int) -> int:
     """Queries of a block: fewer skip more keys, but make smaller matrix products. Measured on both sides of 1024."""
     return 64 if queries < 1024 else 128

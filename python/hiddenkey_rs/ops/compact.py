@@ -4,6 +4,10 @@ A dropped column is dropped for every query of its head, so kept keys and values
 shorter ones, one example at a time: padding leaves with them, and neither queries nor outputs have to move. The backward
 pass gathers again, so nothing is stored but what attention itself stores.
 
+An example's heads keep different numbers of keys and get one number of places, so some are spare. A mask for them would
+cost as much as the dropped keys save. They hold zeros instead: each adds exp(0) = 1 to a denominator and nothing to the
+rest, in gradients too, so that dividing it out of the result is exact (and where little else would remain, a mask it is).
+
 Tried and dropped: grouping heads of all examples by their exact count (no spare places, but queries, outputs and two
 gradients are copied, which costs what it saves), and counts that are no multiple of 16 (slower than the next one that is).
 """
@@ -21,9 +25,12 @@ from torch import Tensor
 
 from .. import masks
 from ..errors import ConfigError
+from .reference import repeat_heads
 
 PLACES = 16
 """Kept rows are padded to a multiple of this: matrix products of other sizes are slower."""
+MOST_SPARE = 0.5
+"""Part of a denominator that may come from spare places: dividing it out loses no more than a bit."""
 DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 """Types of numbers, and what NumPy knows them as."""
 
@@ -35,8 +42,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Ten
     """DropKey attention of one row of kept keys a head: (B, H, Q, D) -> (B, H, Q, D).
 
     Args:
-        query: (B, H, Q, D). key, value: (B, H, K, D), on the CPU, float32, bfloat16 or float16.
-        keep: bool (B, H, K), the keys that stay of each head; False at padding.
+        query: (B, H, Q, D). key, value: (B, Hkv, K, D) with H a multiple of Hkv; on the CPU, float32, bfloat16 or float16.
+        keep: bool (B, Hkv, K), the keys that stay of each head; False at padding.
         real: bool (B, K), the keys that are no padding. A head that keeps none of them gives each query its own value
             (Q = K then); where there is nothing real, zeros.
         scaling: of the logits.
@@ -62,17 +69,14 @@ def _attention(
     out, total = _empty(query)
     for example in _examples(query, key, value, keep):
         if example.places:
-            result, sums = _forward(*example.tensors(), 0.0, False, attn_mask=example.mask, scale=scaling)
-            out[example.row], total[example.row] = result, sums
-        for head in example.lost:
-            out[example.number, head] = _own(value, real, example.number, head)
+            example.attend(out[example.row], total[example.row], scaling)
+        for head, heads in example.lost:
+            out[example.number, heads] = _own(value[example.number, head], real, example.number)
     return out, total
 
 
 @_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     return _empty(query)
 
 
@@ -92,16 +96,15 @@ def _gradients(
     for example in _examples(query, key, value, keep):
         n, row = example.number, example.row
         if example.places:
-            saved = (out[row], total[row], 0.0, False)
-            found = _backward(gradient[row], *example.tensors(), *saved, attn_mask=example.mask, scale=scaling)
+            found = example.differentiate(gradient[row], out[row], total[row], scaling)
             to_query[row] = found[0]
             example.scatter(found[1], to_key)
             example.scatter(found[2], to_value)
         else:
             to_query[n] = to_key[n] = to_value[n] = 0
-        for head in example.lost:
-            to_query[n, head] = 0
-            to_value[n, head] = _own(gradient, real, n, head)
+        for head, heads in example.lost:
+            to_query[n, heads] = 0
+            to_value[n, head] = _own(gradient[n, heads].sum(dim=0), real, n)
     return to_query, to_key, to_value
 
 
@@ -140,10 +143,10 @@ class _Example:
     number: int
     places: int
     keep: Tensor
-    mask: Tensor | None
-    """-inf at spare places, (1, H, 1, places); ``None`` if there are none."""
-    lost: list[int]
-    """Heads that keep nothing. They attend to zeros, and their result is replaced."""
+    counts: Tensor
+    """How many keys each head keeps, (Hkv,); all places where it keeps none, whose result is replaced."""
+    lost: list[tuple[int, slice]]
+    """Heads that keep nothing, each with its query heads."""
     long: tuple[Tensor, Tensor, Tensor]
     room: list[Tensor]
 
@@ -151,11 +154,62 @@ class _Example:
     def row(self) -> slice:
         return slice(self.number, self.number + 1)
 
+    def attend(self, out: Tensor, total: Tensor, scaling: float) -> None:
+        """Attention of the example into ``out`` (1, H, Q, D) and ``total`` (1, H, Q)."""
+        tensors, spare = self._tensors(), self._spare
+        result, sums = _forward(*tensors, 0.0, False, scale=scaling)
+        if spare is None:
+            out.copy_(result)
+            total.copy_(sums)
+            return
+        part = spare * (-sums).exp()
+        if bool((part > MOST_SPARE).any()):
+            result, sums = _forward(*tensors, 0.0, False, attn_mask=self._mask, scale=scaling)
+            out.copy_(result)
+            total.copy_(sums)
+            return
+        rest = 1 - part
+        torch.mul(result, rest.reciprocal()[..., None], out=out)
+        torch.add(sums, rest.log(), out=total)
+
+    def differentiate(self, gradient: Tensor, out: Tensor, total: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        """Gradients of the example's queries and shorter keys and values; ``out`` and ``total`` as :meth:`attend` left them."""
+        spare = self._spare
+        # Beyond this the weight of a spare place might overflow; below, it meets zeros only.
+        masked = spare is not None and bool((spare * (-total).exp() > MOST_SPARE / (1 - MOST_SPARE)).any())
+        mask = self._mask if masked else None
+        to_query, *others = _backward(gradient, *self._tensors(), out, total, 0.0, False, attn_mask=mask, scale=scaling)
+        groups = self.long[0].shape[1] // len(self.counts)
+        if groups > 1:
+            others = [rows.unflatten(1, (-1, groups)).sum(dim=2) for rows in others]
+        return to_query, *others
+
+    def scatter(self, short: Tensor, out: Tensor) -> None:
+        """Lay gradients of the kept rows, (1, Hkv, places, D), where they belong; zero elsewhere."""
+        inside, laid = _laid(out[self.row])
+        flat = short.contiguous().flatten()
+        masks.scatter_rows(self.keep.numpy(), self._sizes, _numpy(flat), _numpy(laid), heads_inside=inside)
+
     @property
     def _sizes(self) -> np.ndarray[Any, Any]:
         return np.array([self.places], dtype=np.uint32)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def _spare(self) -> Tensor | None:
+        """Spare places of each query head, (H, 1) float32; ``None`` if there are none."""
+        spare = self.places - self.counts
+        if not bool(spare.any()):
+            return None
+        return repeat_heads(spare[None, :, None], self.long[0].shape[1])[0].float()
+
+    @property
+    def _mask(self) -> Tensor:
+        """-inf at spare places, (1, H, 1, places)."""
+        spare = torch.arange(self.places) >= self.counts[:, None]
+        rows = torch.zeros(spare.shape, dtype=self.long[0].dtype).masked_fill_(spare, -torch.inf)
+        return repeat_heads(rows[None, :, None], self.long[0].shape[1])
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The example's queries, and its kept keys and values: (1, H, Q, D) and twice (1, H, places, D)."""
         query, key, value = (tensor[self.row] for tensor in self.long)
         shape = (1, key.shape[1], self.places, key.shape[-1])
@@ -163,13 +217,8 @@ class _Example:
         for rows, flat in zip((key, value), short, strict=True):
             inside, laid = _laid(rows)
             masks.gather_rows(self.keep.numpy(), self._sizes, _numpy(laid), _numpy(flat), heads_inside=inside)
-        return query, short[0].view(shape), short[1].view(shape)
-
-    def scatter(self, short: Tensor, out: Tensor) -> None:
-        """Lay gradients of the kept rows, (1, H, places, D), where they belong; zero elsewhere."""
-        inside, laid = _laid(out[self.row])
-        flat = short.contiguous().flatten()
-        masks.scatter_rows(self.keep.numpy(), self._sizes, _numpy(flat), _numpy(laid), heads_inside=inside)
+        keys, values = (repeat_heads(flat.view(shape), query.shape[1]) for flat in short)
+        return query, keys, values
 
 
 def _examples(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Iterator[_Example]:
@@ -180,26 +229,24 @@ def _examples(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Iterat
     places = [min(-(-count // PLACES) * PLACES, length) for count in most]
     # One example after the other in the same memory: it stays in the cache, and nothing new has to be mapped.
     room = [key.new_empty(heads * max(places, default=0) * features) for _ in range(2)]
-    laid = (query, *(rows if _laid(rows)[1].data_ptr() == rows.data_ptr() else rows.contiguous() for rows in (key, value)))
-    column = torch.arange(length)
+    key, value = (rows if _laid(rows)[1].data_ptr() == rows.data_ptr() else rows.contiguous() for rows in (key, value))
+    laid = (query, key, value)
+    groups = query.shape[1] // max(heads, 1)
     for number in range(batch):
         count = counts[number]
-        lost = (count == 0).nonzero().flatten().tolist()
-        spare = column[: places[number]] >= count.masked_fill(count == 0, places[number])[:, None]
-        mask = spare.new_zeros(spare.shape, dtype=query.dtype).masked_fill_(spare, -torch.inf)[None, :, None]
-        full = not bool(spare.any())
-        yield _Example(
-            number, places[number], keep[number : number + 1], None if full else mask, lost, laid, room
-        )
+        lost = [(head, slice(head * groups, (head + 1) * groups)) for head in (count == 0).nonzero().flatten().tolist()]
+        filled = count.masked_fill(count == 0, places[number])
+        yield _Example(number, places[number], keep[number : number + 1], filled, lost, laid, room)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor) -> None:
     batch, heads, length, _ = key.shape
-    fits = query.shape[:2] == key.shape[:2] and value.shape == key.shape and query.shape[-1] == key.shape[-1]
+    fits = len(query) == batch and value.shape == key.shape and query.shape[-1] == key.shape[-1]
+    fits = fits and bool(heads) and query.shape[1] % heads == 0
     if not fits or keep.shape != (batch, heads, length) or real.shape != (batch, length):
         raise ConfigError(
             f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
-            f"{tuple(value.shape)}, {tuple(keep.shape)}, {tuple(real.shape)}); repeat grouped heads first"
+            f"{tuple(value.shape)}, {tuple(keep.shape)}, {tuple(real.shape)}); one mask a key/value head"
         )
     if query.dtype not in DTYPES or query.device.type != "cpu":
         raise ConfigError(
@@ -208,9 +255,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor
         )
 
 
-def _own(rows: Tensor, real: Tensor, example: int, head: int) -> Tensor:
+def _own(rows: Tensor, real: Tensor, example: int) -> Tensor:
     """One head's rows (K, D), zero at padding."""
-    return rows[example, head].masked_fill(~real[example][:, None], 0.0)
+    return rows.masked_fill(~real[example][:, None], 0.0)
 
 
 def _empty(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,18 +49,20 @@ def drop_elements(
     branches = _check(hidden, keys, samples, positions)
     core = _CORE_DTYPES.get(hidden.dtype) if hidden.device.type == "cpu" else None
     if core is None:
-        parts = [part.chunk(branches) for part in (hidden.reshape(-1, hidden.shape[-1]), samples, positions)]
-        drawn = [_drop_in_torch(key, *part, threshold, scale) for key, *part in zip(keys, *parts, strict=True)]
+        rows = hidden.reshape(-1, hidden.shape[-1]).chunk(branches)
+        places = zip(keys, rows, samples.chunk(branches), positions.chunk(branches), strict=True)
+        drawn = [_drop_in_torch(key, part, ids, place, threshold, scale) for key, part, ids, place in places]
         return torch.cat([out for out, _ in drawn]).view(hidden.shape), torch.stack([kept for _, kept in drawn]).sum()
     source = hidden.contiguous()
     out = torch.empty_like(source)
     many = samples.numel() // branches
     kept = 0
-    arrays = [part.contiguous().numpy() for part in (samples, positions)]
-    rows = [tensor.view(core).view(-1, hidden.shape[-1]).numpy() for tensor in (source, out)]
+    ids, places_in = (part.contiguous().numpy() for part in (samples, positions))
+    before, after = (tensor.view(core).view(-1, hidden.shape[-1]).numpy() for tensor in (source, out))
     for branch, (k0, k1) in enumerate(keys.tolist()):
         part = slice(branch * many, (branch + 1) * many)
-        kept += masks.drop_elements((k0, k1), *(array[part] for array in arrays), threshold, scale, *(r[part] for r in rows))
+        where = (ids[part], places_in[part])
+        kept += masks.drop_elements((k0, k1), where[0], where[1], threshold, scale, before[part], after[part])
     return out, torch.tensor(kept)
 
 

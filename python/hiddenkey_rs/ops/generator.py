@@ -58,7 +58,9 @@ def row_keep(key: Key, samples: Tensor, positions: Tensor, columns: int, thresho
     """Rows of element masks, one for each (sample, position), head 0: bool (N, columns); False where a sample is -1."""
     row = torch.where(samples < 0, 0, positions)[:, None]
     c2, c3 = _sample_words(samples.clamp(min=0)[:, None], _ELEMENT)
-    return _lay(philox(row, _blocks(columns, samples.device), c2, c3, key), columns, threshold) & (samples >= 0)[:, None]
+    return (
+        _lay(philox(row, _blocks(columns, samples.device), c2, c3, key), columns, threshold) & (samples >= 0)[:, None]
+    )
 
 
 def span_keep(key: Key, samples: Tensor, lengths: Tensor, columns: int, threshold: int, heads: int = 1) -> Tensor:

@@ -1,0 +1,107 @@
+"""A batch as runs of tokens: what the Triton kernels walk over instead of (queries, keys) masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+_TILE = 128
+_MOST = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents of a batch, each a contiguous run of tokens of one row (or, for cross-attention, a run on each side).
+
+    A document attends to itself only. Tokens of no document, padding on whichever side, are never read and cost
+    nothing; as queries they get zeros. No token may belong to two documents.
+
+    ``table``: int64 (documents, 8) on the batch's device, ordered by branch: row, first query and number of queries,
+    first key and number of keys (indices into the row), sample id, positions of the first query and of the first key
+    in the example (0, unless a document was split). Without a token: counts of 0.
+    ``queries``, ``keys``: the most a document has. ``positions``: one more than the highest key position.
+    ``shifted``: whether some document's first key stands inside a tile of 128 positions.
+    ``cross``: cross-attention, where a query that lost all its keys keeps all of them instead of its own.
+    """
+
+    table: Tensor
+    queries: int
+    keys: int
+    positions: int
+    shifted: bool = False
+    cross: bool = False
+
+    @staticmethod
+    def of_tokens(samples: Any, document: Tensor, position: Tensor, real: Tensor) -> Documents:
+        """Self-attention over a padded or packed batch. Waits for the device once: build it once a pass, not a layer.
+
+        Args:
+            samples: (documents,) int64 array or tensor, ordered by branch.
+            document, position: (B, L) int64, every token's document and its place in it. real: bool (B, L).
+
+        Raises:
+            ConfigError: a document that is no contiguous run of one row, with positions that count on; a position out of
+                range.
+
+        Example:
+            >>> real = torch.tensor([[False, True, True], [True, True, False]])
+            >>> documents = Documents.of_tokens([7, 9], torch.tensor([[0] * 3, [1] * 3]), real.cumsum(1) - 1, real)
+            >>> documents.table.tolist()
+            [[0, 1, 2, 1, 2, 7, 0, 0], [1, 0, 2, 0, 2, 9, 0, 0]]
+        """
+        samples = torch.as_tensor(samples, dtype=torch.int64, device=real.device)
+        many, length = len(samples), real.shape[1]
+        if not many or not real.numel():
+            return Documents(torch.zeros(many, 8, dtype=torch.int64, device=real.device), 0, 0, 0)
+        place = torch.arange(real.numel(), device=real.device)
+        # Padding goes to a bucket behind the documents.
+        bucket = document.masked_fill(~real, many).flatten()
+        spot = place.new_zeros(many + 1)
+        low = spot.scatter_reduce(0, bucket, place, "amin", include_self=False)[:many]
+        high = spot.scatter_reduce(0, bucket, place, "amax", include_self=False)[:many]
+        count = spot.scatter_add(0, bucket, torch.ones_like(place))[:many]
+        flat = position.flatten()
+        first = flat[low].masked_fill(count == 0, 0)
+        last = flat[high].masked_fill(count == 0, -1)
+        fits = (high - low + 1 == count) & (low // length == high // length) & (last - first + 1 == count)
+        good = (fits | (count == 0)).all() & (first >= 0).all()
+        facts = torch.stack((good.long(), count.max(), (first + count).max(), (first % _TILE).max()))
+        correct, most, positions, inside = facts.tolist()
+        if not correct:
+            raise ConfigError(
+                "a document's tokens must stand side by side in one row, with positions that count on (got a batch with "
+                "gaps); use masks of (query, key) pairs"
+            )
+        if positions > _MOST:
+            raise ConfigError(f"positions must lie below 2**20 (got {positions - 1}); split the document")
+        start = (low % length).masked_fill(count == 0, 0)
+        table = torch.stack((low // length, start, count, start, count, samples, first, first), dim=1)
+        return Documents(table, most, most, positions, shifted=inside > 0)
+
+    @staticmethod
+    def across(queries: Documents, keys: Documents) -> Documents:
+        """Cross-attention: document i of the decoder's batch reads document i of the encoder's.
+
+        Raises:
+            ConfigError: batches whose documents do not stand in the same rows.
+
+        Example:
+            >>> real = torch.ones(1, 3, dtype=torch.bool)
+            >>> place = real.long().cumsum(1) - 1
+            >>> side = [Documents.of_tokens([7], 0 * place[:, :n], place[:, :n], real[:, :n]) for n in (2, 3)]
+            >>> Documents.across(*side).table.tolist()
+            [[0, 0, 2, 0, 3, 7, 0, 0]]
+        """
+        ours, theirs = queries.table, keys.table
+        if ours.shape != theirs.shape or ours.device != theirs.device or not torch.equal(ours[:, 0], theirs[:, 0]):
+            raise ConfigError(
+                f"decoder and encoder documents do not pair up (got {len(ours)} and {len(theirs)}); keep one document a "
+                "row on both sides"
+            )
+        table = torch.cat((ours[:, :3], theirs[:, 1:3], ours[:, 5:7], theirs[:, 6:7]), dim=1)
+        return Documents(table, queries.queries, keys.keys, keys.positions, shifted=keys.shifted, cross=True)

@@ -1,0 +1,154 @@
+"""How the Triton kernels are launched: what they can take, tile sizes, and arguments that several of them share."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HOPPER = 227 << 10
+"""Bytes of shared memory that a block of an H100 can have."""
+_NOTHING, _ELEMENT, _KEYS = 0, 1, 2
+
+
+def unable(states: Tensor) -> str | None:
+    """Why Triton cannot work on this tensor at all: not installed, another device, another dtype."""
+    if not _installed():
+        return "Triton is not installed"
+    if states.dtype not in DTYPES:
+        return f"it computes in float16, bfloat16 and float32, not {states.dtype}"
+    if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
+        return f"it needs tensors on a CUDA device, not {states.device} (or TRITON_INTERPRET=1)"
+    return None
+
+
+class Launch:
+    """What the three kernels are all launched with."""
+
+    def __init__(
+        self,
+        kind: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        keys: Tensor | None,
+        keep: Tensor | None,
+        longest: int,
+        mask_heads: int,
+        shifted: bool = False,
+    ) -> None:
+        heads, groups = query.shape[1], key.shape[1]
+        head, head_v = query.shape[-1], value.shape[-1]
+        pattern = _ELEMENT if keys is not None else _KEYS if keep is not None else _NOTHING
+        rows, columns, warps, stages = tiles(kind, max(head, head_v), query.dtype, _shared_memory(query.device))
+        # A document whose first key stands inside a tile of positions can touch one tile more.
+        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + (columns - 1) * shifted, columns)
+        self.programs = blocks * len(table) * (groups if kind == "key" else heads)
+        # Tensors that a launch has no use for: any pointer does.
+        self.tensors = (
+            table.contiguous(),
+            table if keys is None else keys.contiguous(),
+            table if keep is None else keep.contiguous().view(torch.uint8),
+        )
+        each = len(table) if keys is None else len(table) // len(keys)
+        self.numbers = (
+            heads,
+            query.shape[2],
+            heads // groups,
+            heads // mask_heads,
+            mask_heads,
+            0 if keep is None else keep.shape[2],
+            each,
+            blocks,
+        )
+        self.constants = {
+            "HEAD": head,
+            "HEAD_V": head_v,
+            "BLOCK_D": _power(head),
+            "BLOCK_V": _power(head_v),
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "PATTERN": pattern,
+            "PRECISION": _precision(query, max(head, head_v)),
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        # Triton launches on the current device, whatever device the tensors are on.
+        self.device: Any = torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext()
+
+
+def tiles(kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER) -> tuple[int, int, int, int]:
+    """Rows, columns, warps and pipeline stages of ``"forward"``, ``"query"`` and ``"key"`` (gradients) kernels.
+
+    Chosen by what the compiler makes of them for sm_90 (registers, spills, shared memory), not by timings. Tiles of
+    128 columns use every bit of a generator call. Gradients of keys hold two accumulators, which leaves room for 64
+    columns only where heads are wide; there a call is half used. ``shared``: bytes of shared memory a block can have.
+    """
+    if dtype == torch.float32:
+        if shared < HOPPER:
+            return (32 if head <= 64 else 16), 64, 8, 1
+        return (64, 64, 4 if kind == "forward" else 8, 1) if head <= 64 else (32, 64, 8, 1)
+    if shared < HOPPER:
+        return (64 if head <= 128 else 16), 64, 4, 1
+    if kind == "key":
+        return (64, 128, 8, 2) if head <= 64 else (64, 64, 8, 2 if head <= 128 else 1)
+    return (128, 128, 8, 2) if head <= 128 else (64, 64, 8, 2)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of this device can have."""
+    if device.type != "cuda":
+        return HOPPER
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _precision(states: Tensor, head: int) -> str:
+    """How float32 is multiplied; other dtypes do not read it."""
+    if states.device.type == "cpu":
+        return "interpreter"
+    if head > 128:
+        # No tensor core computes these, and thousands of registers spill; but operands in TF32 do not fit into shared
+        # memory.
+        return "ieee"
+    backend = torch.backends.cuda.matmul
+    setting = getattr(backend, "fp32_precision", None)  # torch >= 2.9
+    fast = backend.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if fast else "tf32x3"
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """The strides of all but the last dimension (which is 1) of four-dimensional tensors, one after the other."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def _blocks(length: int, size: int) -> int:
+    return -(-length // size)
+
+
+def _power(head: int) -> int:
+    """The width of a tensor-core operand that holds a head."""
+    return max(16, 1 << (head - 1).bit_length())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _interpreted() -> bool:
+    return bool(kernels("philox").interpreted())
+
+
+def kernels(name: str) -> Any:
+    """Kernels are imported at first use: Triton takes long to import, and TRITON_INTERPRET is read then."""
+    return importlib.import_module(f".triton_{name}", __package__)

@@ -1,0 +1,90 @@
+"""Stream hk1 inside Triton kernels: Philox4x32-10 on explicit 32-bit counters, and the keep flags of a tile.
+
+The one place that imports Triton. Where it is not installed the kernels exist by name only, and ``obstacle`` of
+:mod:`.triton_attention` says why nothing can run them.
+"""
+
+# Triton's type inference, not mypy's, checks kernels; their arguments are pointers and scalars of the launch.
+# mypy: ignore-errors
+# ruff: noqa: ANN001, ANN003, ANN201, N803
+
+from __future__ import annotations
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # pragma: no cover - the build without Triton
+    triton = tl = None
+
+
+def jit(function=None, **options):
+    """``triton.jit``, or the function itself where Triton is missing."""
+    if function is None:
+        return lambda inner: jit(inner, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on a CPU (``TRITON_INTERPRET=1`` when they were defined)."""
+    return triton is not None and not isinstance(philox, triton.runtime.jit.JITFunction)
+
+
+@jit
+def philox(c0, c1, c2, c3, k0, k1):
+    """Ten rounds on uint32 words of broadcastable shapes.
+
+    Shapes are left as they come and grow by broadcasting: with rows in c0 and columns in c1 the first rounds work on
+    a row or a column only, and 5 of the 20 multiplications never touch the whole tile.
+    """
+    for _ in tl.static_range(10):
+        # Two multiplications and not one of 64 bits, halved: with that the compiler drew tiles in another layout and
+        # sent them through shared memory (Triton 3.9, sm_90).
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        low0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        low1 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        c0 = high1 ^ k0 ^ c1
+        c1 = low1
+        c2 = high0 ^ (c3 ^ k1)
+        c3 = low0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@jit
+def sample_words(sample):
+    """c2 and c3 of element masks for int64 sample ids in [0, 2**40): uint32 words (the pattern's code is 0)."""
+    return (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
+
+
+@jit
+def keep_tile(c0, c2, c3, k0, k1, threshold, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Keep flags of an element mask, int1 (ROWS, COLUMNS): rows by their words, columns ``first`` and on.
+
+    One generator call decides 8 columns of a row, so (ROWS, 16) calls fill a tile of 128. A tile of 64 uses half of
+    every call; it is for kernels whose accumulators leave no room for 128.
+
+    Args:
+        c0: uint32 (ROWS, 1), row | head << 20. c2, c3: sample words, scalars or (ROWS, 1).
+        k0, k1: site key, uint32 scalars or (ROWS, 1). threshold: uint32 scalar in [0, 65535].
+        first: a multiple of COLUMNS. COLUMNS: 64 or 128.
+
+    Column c reads word (c mod 128) / 32, half c mod 2. Neighbouring columns are the two halves of one word, as a tensor
+    core's accumulator lays them out: a thread can draw what it needs itself, and nothing has to be exchanged.
+    """
+    c1 = ((first // 128) * 16 + tl.arange(0, 16)).to(tl.uint32)[None, :]
+    x0, x1, x2, x3 = philox(c0, c1, c2, c3, k0, k1)
+    lane = threshold << 16
+    if COLUMNS == 128:
+        words = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # (row, counter, word / 2, word mod 2)
+        # Both halves are compared where they lie: against threshold << 16, the low one shifted up.
+        halves = tl.join((words << 16) >= lane, words >= lane)
+        keep = halves.permute(0, 2, 3, 1, 4).reshape(ROWS, COLUMNS)
+    else:
+        tl.static_assert(COLUMNS == 64)
+        upper = (first // 64) % 2 == 1
+        words = tl.join(tl.where(upper, x2, x0), tl.where(upper, x3, x1))  # (row, counter, word)
+        halves = tl.join((words << 16) >= lane, words >= lane)
+        keep = halves.permute(0, 2, 1, 3).reshape(ROWS, COLUMNS)
+    return keep

@@ -1,0 +1,341 @@
+"""Cases of ``test_triton_attention.py``: attention kernels against the reference, in Triton's interpreter.
+
+Everything is compared through masks of (query, key) pairs that are built here from the definition: each document's own
+mask, drawn by ``ops/generator.py`` in its own coordinates, laid over the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from hiddenkey_rs import ConfigError, MaskKey, masks, ops
+from hiddenkey_rs.ops import triton_attention
+from hiddenkey_rs.ops.documents import Documents
+
+KEY = MaskKey(seed=11, step=3, layer=4)
+SAMPLES = [5 + (1 << 33), 7, 0, 12345]
+
+# Both sides sum in float32, in another order and (kernels) in base 2: a few units in the last place of numbers around 1.
+CLOSE = {"rtol": 3e-5, "atol": 1e-5}
+
+
+@dataclass
+class Batch:
+    """Where documents stand: document and position of every token, -1 at padding."""
+
+    document: Tensor
+    position: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        return self.document >= 0
+
+    def to(self, device: str) -> Batch:
+        return Batch(self.document.to(device), self.position.to(device))
+
+    def documents(self) -> Documents:
+        many = int(self.document.max()) + 1
+        return Documents.of_tokens(SAMPLES[:many], self.document.clamp(min=0), self.position.clamp(min=0), self.real)
+
+
+def batch(*rows: list[tuple[int, int, int]], width: int) -> Batch:
+    """Each row a list of (start, length, first position); documents are numbered as they come."""
+    document = torch.full((len(rows), width), -1)
+    position = torch.full((len(rows), width), -1)
+    number = 0
+    for row, runs in enumerate(rows):
+        for start, length, first in runs:
+            document[row, start : start + length] = number
+            position[row, start : start + length] = first + torch.arange(length)
+            number += 1
+    return Batch(document, position)
+
+
+BATCHES = {
+    "one token": batch([(0, 1, 0)], width=1),
+    "three tokens": batch([(0, 3, 0)], width=3),
+    "right padding": batch([(0, 127, 0)], [(0, 3, 0)], width=129),
+    "left padding": batch([(2, 127, 0)], [(128, 1, 0)], width=129),
+    "packed": batch([(1, 3, 0), (4, 70, 0), (75, 54, 0)], width=130),
+    "split": batch([(0, 40, 120), (41, 20, 3)], [(0, 9, 250)], width=64),
+    "tiny split": batch([(1, 9, 123)], width=10),
+}
+
+
+def tensors(heads: int, groups: int, queries: int, keys: int, rows: int, size=16, value_size=None, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(queries + 7 * keys)
+    shapes = [(rows, heads, queries, size), (rows, groups, keys, size), (rows, groups, keys, value_size or size)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def drawn(pattern: str, threshold: int, heads: int, queries: Batch, keys: Batch, key=KEY) -> Tensor:
+    """Each document's mask in its own coordinates, bool (documents, heads, rows or 1, columns)."""
+    rows, columns = int(queries.position.max()) + 1, int(keys.position.max()) + 1
+    samples = torch.tensor(SAMPLES[: int(queries.document.max()) + 1], device=queries.document.device)
+    if pattern == "element":
+        return ops.element_keep(key.derive(), samples, rows, columns, threshold, heads)
+    if pattern == "column":
+        return ops.column_keep(key.derive(), samples, columns, threshold, heads)
+    lengths = torch.tensor([int(keys.position[keys.document == n].max()) + 1 for n in range(len(samples))]).to(samples)
+    return ops.span_keep(key.derive(), samples, lengths, columns, threshold, heads)
+
+
+def pairs(keep: Tensor, queries: Batch, keys: Batch, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """(allowed, keep) over the batch, bool (B, heads or 1, Q, K)."""
+    q, k = queries.position[:, :, None], keys.position[:, None, :]
+    allowed = (queries.document[:, :, None] == keys.document[:, None, :]) & queries.real[:, :, None]
+    if causal:
+        allowed &= k <= q
+    if window is not None:
+        allowed &= (k > q - window) & ((k < q + window) | torch.tensor(causal))
+    document = queries.document.clamp(min=0)[:, :, None]
+    row = q.clamp(min=0) if keep.shape[2] > 1 else torch.zeros_like(q)
+    laid = keep[document, :, row, k.clamp(min=0)]  # (B, Q, K, heads)
+    return allowed[:, None], laid.permute(0, 3, 1, 2)
+
+
+def compare(
+    queries: Batch, keys: Batch | None = None, *, pattern="element", threshold=32768, position="dropkey", heads="group",
+    causal=False, window=None, many=(4, 2), size=16, value_size=None, dtype=torch.float32, close=CLOSE, device="cpu",
+) -> None:  # fmt: skip
+    """Output, gradients and the count of kept pairs, kernel against reference."""
+    queries, keys = queries.to(device), keys and keys.to(device)
+    cross, keys = keys is not None, keys or queries
+    documents = Documents.across(queries.documents(), keys.documents()) if cross else queries.documents()
+    (b, lq), lk = queries.document.shape, keys.document.shape[1]
+    inputs = [x.detach().to(device).requires_grad_() for x in tensors(*many, lq, lk, b, size, value_size, dtype)]
+    mask_heads = many[1] if heads == "group" else many[0]
+    keep = drawn(pattern, threshold, mask_heads, queries, keys)
+    site = torch.tensor([KEY.derive()], device=device)
+    given = {"keys": site, "threshold": threshold} if pattern == "element" else {"keep": keep[:, :, 0]}
+    how = {"position": position, "heads": heads, "causal": causal, "window": window}
+    out, kept_pairs = triton_attention.attention(*inputs, documents, **given, **how, count=True)
+    gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    grads = torch.autograd.grad(out, inputs, gradient)
+
+    allowed, laid = pairs(keep, queries, keys, causal, window)
+    laid = laid.repeat_interleave(many[0] // mask_heads, dim=1)
+    kept = ops.kept_set(allowed, laid, rescue="all" if cross else "own", queries=lq, keys=lk)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    expected = ops.attention(*exact, allowed=allowed, kept=kept, position=position, impl="reference")
+    wanted = torch.autograd.grad(expected, exact, gradient.float())
+    assert out.dtype == dtype
+    assert int(kept_pairs) == int(kept.sum())
+    assert not out.transpose(1, 2)[~queries.real].any()
+    for ours, theirs in zip((out, *grads), (expected, *wanted), strict=True):
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.float(), theirs, **close)
+
+
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+@pytest.mark.parametrize("name", ["left padding", "packed"])
+def test_positions_and_patterns(name: str, pattern: str, position: str) -> None:
+    compare(BATCHES[name], pattern=pattern, position=position, causal=name == "packed", threshold=6554, many=(2, 1))
+
+
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches(name: str, position: str) -> None:
+    compare(BATCHES[name], position=position, causal=name != "right padding", many=(2, 1))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 65535])
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+def test_extreme_rates(position: str, threshold: int) -> None:
+    compare(BATCHES["split"], position=position, threshold=threshold, many=(1, 1))
+    compare(BATCHES["split"], BATCHES["split"], position=position, threshold=threshold, many=(1, 1))
+
+
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 3, 130])
+def test_windows(window: int, causal: bool, position: str) -> None:
+    compare(
+        batch([(0, 140, 0)], [(3, 20, 120)], width=140), window=window, causal=causal, position=position, many=(1, 1)
+    )
+
+
+@pytest.mark.parametrize("pattern", ["element", "column"])
+@pytest.mark.parametrize("many", [(4, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize("heads", ["group", "query"])
+def test_grouped_heads(heads: str, many: tuple[int, int], pattern: str) -> None:
+    compare(BATCHES["tiny split"], heads=heads, many=many, pattern=pattern, position="dropattention")
+
+
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+def test_cross_attention(pattern: str, position: str) -> None:
+    decoder, encoder = batch([(0, 3, 0)], [(1, 9, 0)], width=10), batch([(0, 129, 0)], [(5, 2, 0)], width=130)
+    compare(decoder, encoder, pattern=pattern, position=position)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (24, 24), (17, 40), (80, 16), (129, 256)])
+def test_head_sizes(size: tuple[int, int]) -> None:
+    compare(BATCHES["three tokens"], size=size[0], value_size=size[1], position="dropattention", causal=True)
+
+
+@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype, position: str) -> None:
+    # Weights, logit gradients and results are each rounded to the dtype once; the reference here stays in float32. The
+    # interpreter cuts bfloat16 off where a GPU rounds, which doubles the step.
+    step = torch.finfo(dtype).eps
+    compare(BATCHES["split"], dtype=dtype, position=position, close={"rtol": 4 * step, "atol": 8 * step})
+
+
+def test_a_head_whose_keys_are_all_dropped() -> None:
+    # The definition of the rescue, in the open: each query its own value, or plain attention over all keys.
+    one = batch([(0, 5, 0)], width=6)
+    q, k, v = tensors(1, 1, 6, 6, 1)
+    nothing = torch.zeros(1, 1, 5, dtype=torch.bool)
+    out, _ = triton_attention.attention(q, k, v, one.documents(), keep=nothing)
+    assert torch.equal(out[:, :, :5], v[:, :, :5])
+    sides = Documents.across(one.documents(), one.documents())
+    out, _ = triton_attention.attention(q, k, v, sides, keep=nothing)
+    plain, _ = triton_attention.attention(q, k, v, sides)
+    torch.testing.assert_close(out, plain)
+
+
+def test_small_kept_weights_are_not_lost() -> None:
+    # The dropped key outweighs the kept ones by more than float32 can hold: the kept ones are what is left all the same.
+    q = torch.tensor([[[[1.0] * 4]]]).expand(1, 1, 3, 4)
+    k = torch.tensor([[[[200.0] * 4, [0.0] * 4, [0.1] * 4]]])
+    v = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    # float32 holds a logit of 400 to 3e-5, and weights are its exponentials
+    close = {"rtol": 3e-4, "atol": 1e-4}
+    keep = torch.tensor([[[False, True, True]]])
+    documents = batch([(0, 3, 0)], width=3).documents()
+    for position in ("dropkey", "dropattention"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = triton_attention.attention(*inputs, documents, keep=keep, position=position)
+        kept = keep[:, :, None].expand(1, 1, 3, 3)
+        theirs = [x.clone().requires_grad_() for x in (q, k, v)]
+        expected = ops.attention(*theirs, allowed=None, kept=kept, position=position, impl="reference")
+        torch.testing.assert_close(out, expected, **close)
+        wanted = torch.autograd.grad(expected.square().sum(), theirs)
+        for ours, reference in zip(torch.autograd.grad(out.square().sum(), inputs), wanted, strict=True):
+            torch.testing.assert_close(ours, reference, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # whose tiles have 64 and 128 columns
+def test_masks_are_the_cores_bits(dtype: torch.dtype) -> None:
+    # With equal logits and the identity for values, 64 columns at a time, the output is the kept set itself over its size.
+    length, rate, size = 150, 0.3, 64
+    q = k = torch.zeros(1, 2, length, 16, dtype=dtype)
+    expected = masks.element(KEY, [SAMPLES[0]], length, length, rate, heads=2).to_torch()
+    documents = batch([(0, length, 0)], width=length).documents()
+    found = []
+    for start in range(0, length, size):
+        v = torch.zeros(1, 2, length, size, dtype=dtype)
+        columns = torch.arange(start, min(start + size, length))
+        v[:, :, columns, columns - start] = 1.0
+        keys = torch.tensor([KEY.derive()])
+        out, _ = triton_attention.attention(q, k, v, documents, keys=keys, threshold=masks.threshold(rate))
+        found.append(out > 0)
+    assert torch.equal(torch.cat(found, dim=-1)[..., :length], expected)
+
+
+def test_branches_draw_under_keys_of_their_own() -> None:
+    q, k, v = tensors(2, 2, 9, 9, 1)
+    other = MaskKey(seed=11, step=3, layer=4, branch=1)
+    keys = torch.tensor([KEY.derive(), other.derive()])
+    one = batch([(0, 9, 0)], width=9).documents()
+    table = torch.cat((one.table, one.table))
+    table[1, 0] = 1
+    both = Documents(table, 9, 9, 9)
+    out, _ = triton_attention.attention(*(torch.cat((x, x)) for x in (q, k, v)), both, keys=keys, threshold=32768)
+    for row in range(2):
+        alone, _ = triton_attention.attention(q, k, v, one, keys=keys[row : row + 1], threshold=32768)
+        assert torch.equal(out[row], alone[0])
+    assert not torch.equal(out[0], out[1])
+
+
+def test_layouts_and_expanded_gradients() -> None:
+    # Heads inside, as models lay them out, a slice of a fused projection, and the gradient of a sum (stride 0).
+    fused = torch.randn(1, 5, 3, 2, 16)
+    q, k, v = (fused[:, :, n].transpose(1, 2).requires_grad_() for n in range(3))
+    documents = batch([(0, 5, 0)], width=5).documents()
+    how = {"keys": torch.tensor([KEY.derive()]), "threshold": 32768}
+    out, _ = triton_attention.attention(q, k, v, documents, **how)
+    plain = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    same, _ = triton_attention.attention(*plain, documents, **how)
+    assert torch.equal(out, same)
+    assert out.transpose(1, 2).is_contiguous()
+    ones = torch.autograd.grad(same, plain, torch.ones_like(same))
+    for ours, theirs in zip(torch.autograd.grad(out.sum(), (q, k, v)), ones, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_as_a_torch_operator() -> None:
+    q, k, v = tensors(2, 1, 6, 6, 1)
+    table = batch([(0, 5, 0)], width=6).documents().table
+    keys = torch.tensor([KEY.derive()])
+    settings = (5, 5, False, 32768, 1, 0.25, True, True, 0, False, False)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
+    torch.library.opcheck(triton_attention.attention_forward, (q, k, v, table, keys, None, *settings), test_utils=tests)
+
+
+def test_nothing_to_do() -> None:
+    q, k, v = tensors(2, 1, 4, 4, 1)
+    empty = Documents.of_tokens([], torch.zeros(1, 4).long(), torch.zeros(1, 4).long(), torch.zeros(1, 4).bool())
+    out, kept = triton_attention.attention(q, k, v, empty, count=True)
+    assert not out.any()
+    assert int(kept) == 0
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+DOCUMENTS = batch([(0, 6, 0)], width=6).documents()
+KEYS = torch.tensor([KEY.derive()])
+GOOD = {"query": torch.ones(1, 2, 6, 16), "key": torch.ones(1, 1, 6, 16), "value": torch.ones(1, 1, 6, 16)}
+REFUSED = {
+    "float16, bfloat16 and float32, not torch.float64": {"query": torch.ones(1, 2, 6, 16).double()},
+    "at most 256 wide, not 300": {"query": torch.ones(1, 2, 6, 300), "key": torch.ones(1, 1, 6, 300)},
+    "queries, keys and values disagree": {"key": torch.ones(1, 1, 5, 16)},
+    "multiple of key/value heads": {
+        "query": torch.ones(1, 3, 6, 16),
+        **{n: torch.ones(1, 2, 6, 16) for n in ("key", "value")},
+    },
+    "must have one dtype": {"value": torch.ones(1, 1, 6, 16).half()},
+    "have no features": {"value": torch.ones(1, 1, 6, 0)},
+    r"int64 of shape \(documents, 8\)": {"documents": Documents(torch.ones(2, 7).long(), 1, 1, 1)},
+    "longer than the batch": {"documents": Documents(DOCUMENTS.table, 7, 6, 6)},
+    "as many queries as keys": {"query": torch.ones(1, 2, 7, 16)},
+    "got both": {"keys": KEYS, "keep": torch.ones(1, 1, 6).bool()},
+    "site keys are int64": {"keys": KEYS[0]},
+    r"threshold must lie in 0\.\.65535 \(got 65536\)": {"keys": KEYS, "threshold": 65536},
+    "keep is bool": {"keep": torch.ones(1, 1, 5).bool()},
+    "another number of heads": {"keep": torch.ones(1, 2, 6).bool()},
+    r"window must be at least 1, the own key \(got 0\)": {"window": 0},
+    "attention position": {"position": "dropvalue"},
+    "heads": {"heads": "row"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_disagrees_is_refused(message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        triton_attention.attention(**{"documents": DOCUMENTS, **GOOD, **REFUSED[message]})
+
+
+def test_obstacles() -> None:
+    q, k, v = GOOD.values()
+    assert triton_attention.obstacle(q, k, v) is None
+    assert "additive bias" in triton_attention.obstacle(q, k, v, bias=q)
+    assert "soft-capping" in triton_attention.obstacle(q, k, v, softcap=30.0)
+    assert "sinks" in triton_attention.obstacle(q, k, v, sinks=q)
+    assert "dropout" in triton_attention.obstacle(q, k, v, dropout=0.1)
+
+
+def test_documents_with_gaps_are_refused() -> None:
+    real = torch.tensor([[True, False, True]])
+    with pytest.raises(ConfigError, match="side by side"):
+        Documents.of_tokens([1], torch.zeros(1, 3).long(), torch.tensor([[0, 0, 1]]), real)
+    with pytest.raises(ConfigError, match="side by side"):
+        Documents.of_tokens([1], torch.zeros(1, 3).long(), torch.tensor([[0, 1, 3]]), torch.ones(1, 3).bool())
+    with pytest.raises(ConfigError, match="do not pair up"):
+        Documents.across(BATCHES["packed"].documents(), BATCHES["split"].documents())
