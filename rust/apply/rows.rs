@@ -2,7 +2,8 @@
 
 use super::{check_scale, width};
 use crate::error::Result;
-use crate::simd::Float;
+use crate::mask::bits;
+use crate::simd::{Float, Store};
 use crate::threads::{PIECE, Run};
 
 /// `out = keep ? x * scale : 0` for `x` of (rows, features) and one byte `keep`, 0 or 1, a row.
@@ -12,6 +13,8 @@ pub fn rows<F: Float>(run: &Run<'_>, keep: &[u8], scale: f32, x: &[F], out: &mut
     if out.is_empty() {
         return Ok(());
     }
+    let (engine, store) = (run.engine, Store::of(size_of_val(out)));
+    let all = vec![u32::MAX; bits::words(features)];
     let rows = (PIECE / features).max(1);
     let tasks = keep.chunks(rows).zip(x.chunks(rows * features).zip(out.chunks_mut(rows * features)));
     run.for_each(tasks, keep.len().div_ceil(rows), |(keep, (x, out))| {
@@ -21,9 +24,10 @@ pub fn rows<F: Float>(run: &Run<'_>, keep: &[u8], scale: f32, x: &[F], out: &mut
             } else if scale == 1.0 {
                 out.copy_from_slice(x);
             } else {
-                out.iter_mut().zip(x).for_each(|(y, x)| *y = F::round(x.widen() * scale));
+                engine.apply(x, &all, scale, out, store);
             }
         }
+        store.arrive();
     })
 }
 

@@ -182,40 +182,74 @@ fn scaled(value: __m512i, factor: __m512) -> __m512i {
     _mm512_mask_add_epi32(below, _mm512_test_epi32_mask(bits, wide(1 << 16)), below, wide(1))
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], store: Store) {
-    if store == Store::Around && out.as_ptr().addr().is_multiple_of(64) {
-        scale_bf16::<true>(x, words, scale, out);
-    } else {
-        scale_bf16::<false>(x, words, scale, out);
-    }
-}
-
+/// 32 bfloat16 numbers times `factor`, rounded to nearest even; every NaN becomes the one that torch writes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn scale_bf16<const AROUND: bool>(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
+fn scaled_exactly(both: __m512i, factor: __m512) -> __m512i {
     const ODD: u32 = 0xAAAA_AAAA;
-    let factor = _mm512_set1_ps(scale);
-    let (inputs, last) = x.as_chunks::<32>();
-    let (whole, rest) = out.as_chunks_mut::<32>();
-    for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
-        if AROUND {
-            fetch_ahead(x);
-        }
-        // SAFETY: `x` and `y` are 32 numbers long; AROUND promises that `out` begins at a multiple of 64 bytes, and every
-        // `y` lies as many further; nothing else needs alignment.
-        unsafe {
-            let both = _mm512_loadu_si512(x.as_ptr().cast());
-            let even = scaled(_mm512_slli_epi32::<16>(both), factor);
-            let odd = scaled(_mm512_and_si512(both, wide(0xFFFF_0000)), factor);
-            let merged = _mm512_mask_mov_epi16(_mm512_srli_epi32::<16>(even), ODD, odd);
-            // A product is NaN where the number is (a scale is neither 0 nor infinite): one question for all 32.
-            let magnitude = _mm512_and_si512(both, _mm512_set1_epi16(0x7FFF));
-            let unordered = _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(0x7F80));
-            let merged = _mm512_mask_mov_epi16(merged, unordered, _mm512_set1_epi16(0x7FC0));
-            let (place, value) = (y.as_mut_ptr().cast(), _mm512_maskz_mov_epi16(word, merged));
-            if AROUND { _mm512_stream_si512(place, value) } else { _mm512_storeu_si512(place.cast(), value) }
-        }
-    }
-    loops::apply(last, &words[inputs.len()..], scale, rest);
+    let even = scaled(_mm512_slli_epi32::<16>(both), factor);
+    let odd = scaled(_mm512_and_si512(both, wide(0xFFFF_0000)), factor);
+    let merged = _mm512_mask_mov_epi16(_mm512_srli_epi32::<16>(even), ODD, odd);
+    // A product is NaN where the number is (a scale is neither 0 nor infinite): one question for all 32.
+    let magnitude = _mm512_and_si512(both, _mm512_set1_epi16(0x7FFF));
+    let unordered = _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(0x7F80));
+    _mm512_mask_mov_epi16(merged, unordered, _mm512_set1_epi16(0x7FC0))
 }
+
+/// The same by the processor's own conversion, which flushes subnormal products to zero and keeps a NaN's payload: where
+/// one of 32 is either, they are computed again.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn scaled_natively(both: __m512i, factor: __m512) -> __m512i {
+    const QUIET_NAN_SUBNORMAL_SIGNALLING_NAN: i32 = 0x01 | 0x20 | 0x80;
+    let half = |bits: __m256i| {
+        let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits));
+        _mm512_mul_ps(_mm512_castsi512_ps(wide), factor)
+    };
+    let (low, high) = (half(_mm512_castsi512_si256(both)), half(_mm512_extracti64x4_epi64::<1>(both)));
+    let special = _mm512_fpclass_ps_mask::<QUIET_NAN_SUBNORMAL_SIGNALLING_NAN>(low)
+        | _mm512_fpclass_ps_mask::<QUIET_NAN_SUBNORMAL_SIGNALLING_NAN>(high);
+    if special != 0 {
+        return scaled_exactly(both, factor);
+    }
+    // SAFETY: both types are 512 bits without a meaning of their own.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn apply_bf16(x: &[u16], words: &[u32], scale: f32, out: &mut [u16], store: Store) {
+    let around = store == Store::Around && out.as_ptr().addr().is_multiple_of(64);
+    if !is_x86_feature_detected!("avx512bf16") {
+        return if around { exact::<true>(x, words, scale, out) } else { exact::<false>(x, words, scale, out) };
+    }
+    // SAFETY: the feature was detected just above.
+    unsafe { if around { native::<true>(x, words, scale, out) } else { native::<false>(x, words, scale, out) } }
+}
+
+/// The loop over 32 numbers at a time. A macro, because a function with fewer features than its argument is not inlined.
+macro_rules! apply_bf16 {
+    ($name:ident, $features:literal, $scaled:ident) => {
+        #[target_feature(enable = $features)]
+        fn $name<const AROUND: bool>(x: &[u16], words: &[u32], scale: f32, out: &mut [u16]) {
+            let factor = _mm512_set1_ps(scale);
+            let (inputs, last) = x.as_chunks::<32>();
+            let (whole, rest) = out.as_chunks_mut::<32>();
+            for ((y, x), &word) in whole.iter_mut().zip(inputs).zip(words) {
+                if AROUND {
+                    fetch_ahead(x);
+                }
+                // SAFETY: `x` and `y` are 32 numbers long; AROUND promises that `out` begins at a multiple of 64 bytes, and
+                // every `y` lies as many further; nothing else needs alignment.
+                unsafe {
+                    let scaled = $scaled(_mm512_loadu_si512(x.as_ptr().cast()), factor);
+                    let (place, value) = (y.as_mut_ptr().cast(), _mm512_maskz_mov_epi16(word, scaled));
+                    if AROUND { _mm512_stream_si512(place, value) } else { _mm512_storeu_si512(place.cast(), value) }
+                }
+            }
+            loops::apply(last, &words[inputs.len()..], scale, rest);
+        }
+    };
+}
+
+apply_bf16!(exact, "avx512f,avx512bw,avx512dq,avx512vl", scaled_exactly);
+apply_bf16!(native, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", scaled_natively);

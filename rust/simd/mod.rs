@@ -328,6 +328,20 @@ mod tests {
     }
 
     #[test]
+    fn every_bfloat16_number_is_scaled_as_defined() {
+        let x: Vec<u16> = (0..=u16::MAX).collect();
+        let words = vec![u32::MAX; x.len() / 32];
+        for (scale, engine) in
+            [1.0, 1.1, 1.25, 3.0].into_iter().flat_map(|s| engines().into_iter().map(move |e| (s, e)))
+        {
+            let mut out = vec![9; x.len()];
+            engine.apply(&x, &words, scale, &mut out, Store::Around);
+            let wrong = x.iter().zip(&out).find(|&(&x, &y)| y != u16::round(x.widen() * scale));
+            assert_eq!(wrong, None, "{engine:?} {scale}");
+        }
+    }
+
+    #[test]
     fn an_unknown_or_missing_level_is_an_error() {
         assert_eq!(Engine::forced(Some("sse9")), Err(Error::Simd("sse9".to_owned())));
         assert_eq!(Engine::forced(Some("portable")), Ok(Engine(Level::Portable)));
