@@ -20,7 +20,7 @@ def base_model(model: Any) -> Any:
         raise UnsupportedModelError(
             f"the model is wrapped for data parallelism already (got {type(model).__name__}); attach before wrapping"
         )
-    if hasattr(model, "_orig_mod"):
+    if isinstance(model, nn.Module) and on_compiled(model):
         raise UnsupportedModelError(
             f"the model is compiled already, and hooks added now would be ignored (got {type(model).__name__}); "
             "attach first, then compile"
@@ -32,6 +32,12 @@ def base_model(model: Any) -> Any:
             "pass a PreTrainedModel or the PeftModel around one"
         )
     return base
+
+
+def on_compiled(model: nn.Module) -> bool:
+    """Whether calling the model runs compiled code: its own, or that of a module inside."""
+    # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 def check_model(base: transformers.PreTrainedModel) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import transformers
 from torch import Tensor, nn
 
-from ..config import HiddenKeyConfig
 from .. import ops
+from ..config import HiddenKeyConfig
 from ..errors import ConfigError, StateError
 from ..serialise import choice
 from . import hooks, report, two_pass
@@ -21,6 +21,7 @@ from .checks import base_model, check_model, check_plan
 from .families import family_of
 from .head import head_of
 from .implementation import implementations
+from .kernels import check_kernels
 from .passes import MaskRecorder
 from .session import ActiveStep, Session
 from .sharing import Sharing
@@ -45,7 +46,8 @@ def attach(
         stock_dropout: ``"keep"`` leaves the model's own dropout on (and warns once: its masks are torch's, not
             reproducible the way these are); ``"off"`` switches it off until :meth:`Handle.detach`, as the paper does.
             ``lora_dropout`` belongs to the adapter and is never touched.
-        impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"`` or ``"compact"``
+        impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"compact"``,
+            ``"blocked"`` (CPU) or ``"triton"`` (CUDA; HiddenCut too)
             (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back.
 
     Raises:
@@ -88,6 +90,8 @@ class Handle:
             )
         family = family_of(self.base.config.model_type, transformers.__version__)
         check_model(self.base)
+        if impl == "triton":
+            check_kernels(self.base)
         self.stacks = discover(self.base, family)
         self.output = output_site(self.base)
         plan(config, self.stacks, self.output)
@@ -103,9 +107,11 @@ class Handle:
     def _install(self) -> None:
         found = implementations(self.base)
         for implementation in found:
-            implementation.attach()
+            implementation.attach(maskless=self.impl == "triton")
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
-        self.session = Session(self.config.seed, self.stacks, attention, found, self.impl, self.drops)
+        self.session = Session(
+            self.config.seed, self.stacks, attention, found, self.impl, self.drops, self.model, self.output
+        )
         self.sharing, self.head = Sharing(self), head_of(self)
         self._removers = hooks.install(self.session, self.stacks, self.output, self.head)
         _ATTACHED.add(self.base)

@@ -21,8 +21,8 @@ from .. import losses
 if TYPE_CHECKING:
     from .handle import Handle
 
-_PIECE = 1 << 22
-"""Logits of a piece: 16 MiB in float32, far below what the rest of a step holds, and enough rows to keep a head busy."""
+LEAST_ROWS = 64
+"""Tokens of a piece, at least: fewer would not keep a head busy."""
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ def without_logits(handle: Handle) -> Iterator[list[Tensor]]:
     """Forward passes inside leave what their head received, (B, L, D), in the list, and make no logits."""
     received: list[Tensor] = []
     session = handle.session
-    session.head_receives = received.append
+    session.head_receives = received
     try:
         yield received
     finally:
@@ -136,10 +136,11 @@ class _Pieces:
 
     def run(self, states: list[Tensor | None], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor | None]]:
         """(loss, task, consistency), and the loss' gradients: of states, then of the head's parameters."""
-        first, second = states
+        first = states[0]
         assert first is not None
         parameters = self.head.parameters
-        rows = max(16, _PIECE // max(self.vocabulary(first), 1))
+        # A piece's logits are as large as all of the hidden states, which the step holds many times over anyway.
+        rows = max(LEAST_ROWS, first.numel() // max(self.vocabulary(first), 1))
         totals = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
         gradients: list[Tensor | None] = [
             torch.empty_like(state) if state is not None and want else None
@@ -148,7 +149,9 @@ class _Pieces:
         trained = [torch.zeros_like(parameter) for parameter in parameters]
         for start in range(0, len(first), rows):
             piece = slice(start, start + rows)
-            leaves = [None if s is None else s[piece].detach().requires_grad_(w) for s, w in zip(states, wanted, strict=False)]
+            leaves = [
+                None if s is None else s[piece].detach().requires_grad_(w) for s, w in zip(states, wanted, strict=False)
+            ]
             assert leaves[0] is not None
             with torch.set_grad_enabled(any(wanted)):
                 terms = self.terms(leaves[0], leaves[1], self.labels[piece])
@@ -191,5 +194,3 @@ class _TokenLosses(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the loss of a step was differentiated twice; keep its gradient instead")
         return None, *(None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
-
-

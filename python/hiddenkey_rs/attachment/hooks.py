@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import DataError, StateError
 from .head import Head, note_autocast
 from .interface import DEPTH_KEYWORD, PASS_KEYWORD
-from .passes import StackPass, drop_pooled, drop_tokens
+from .passes import Pass, drop_pooled, drop_tokens
 from .sites import Site, SiteDrop, Stack
 
 if TYPE_CHECKING:
@@ -22,18 +22,16 @@ if TYPE_CHECKING:
 # All hooks are closures: a closure survives deepcopy of a hooked module by reference, a bound method would copy us.
 
 
-def install(
-    session: Session, stacks: list[Stack], output: Site | None, head: Head | None
-) -> list[RemovableHandle]:
+def install(session: Session, stacks: list[Stack], output: Site | None, head: Head | None) -> list[RemovableHandle]:
     """Register every hook that the plan needs; returns their removal handles."""
     removers: list[RemovableHandle] = []
-    for stack in stacks:
-        removers += _install_stack(session, stack)
+    for number, stack in enumerate(stacks):
+        removers += _install_stack(session, stack, number)
         for site in stack.sites:
             if site.kind == "ffn" and site.drops:
-                removers.append(site.module.register_forward_hook(_ffn_hook(site)))
+                removers.append(site.module.register_forward_hook(_ffn_hook(session, site, number)))
             if site.kind == "input" and site.drops:
-                removers.append(site.module.register_forward_hook(_input_hook(session, site)))
+                removers.append(site.module.register_forward_hook(_input_hook(session, site, number)))
     if output is not None:
         removers.append(output.module.register_forward_pre_hook(_output_hook(session, output), with_kwargs=True))
     if head is not None:  # after the output position: it hands over what that leaves
@@ -41,24 +39,29 @@ def install(
     return removers
 
 
-def _install_stack(session: Session, stack: Stack) -> list[RemovableHandle]:
+def _install_stack(session: Session, stack: Stack, number: int) -> list[RemovableHandle]:
     signature = inspect.signature(stack.module.forward)
+    names = list(signature.parameters)
+    place = names.index("inputs_embeds") if "inputs_embeds" in names else len(names)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if module is not stack.module:  # a deep copy of the attached model, which is not attached
             return args, kwargs
-        inputs = signature.bind_partial(*args, **kwargs).arguments
-        inputs |= inputs.pop("kwargs", {})
-        step = session.open(stack, inputs)
+        step: Pass | None = session.prepared_pass(number)
+        if step is None and not torch.compiler.is_compiling():
+            inputs = signature.bind_partial(*args, **kwargs).arguments
+            inputs |= inputs.pop("kwargs", {})
+            step = session.new_pass(stack, inputs)
+        session.open(stack, number, step)
         if step is None:
             return args, kwargs
-        if inputs.get("inputs_embeds") is not None:
-            args, kwargs = _drop_inputs(stack, step, signature, args, kwargs)
+        if kwargs.get("inputs_embeds") is not None or (len(args) > place and args[place] is not None):
+            args, kwargs = _drop_inputs(stack, step, place, args, kwargs)
         return args, {**kwargs, PASS_KEYWORD: step}
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is stack.module:
-            session.close(stack, kwargs.get(PASS_KEYWORD), failed=output is None)
+            session.close(stack, number, kwargs.get(PASS_KEYWORD), failed=output is None)
 
     removers = [
         stack.module.register_forward_pre_hook(before, with_kwargs=True),
@@ -69,7 +72,7 @@ def _install_stack(session: Session, stack: Stack) -> list[RemovableHandle]:
 
 def _depth_hook(stack: Stack) -> Callable[..., Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        step: StackPass | None = kwargs.get(PASS_KEYWORD)
+        step: Pass | None = kwargs.get(PASS_KEYWORD)
         if step is None or DEPTH_KEYWORD in kwargs:
             return args, kwargs
         if not step.running:
@@ -83,9 +86,15 @@ def _depth_hook(stack: Stack) -> Callable[..., Any]:
     return before
 
 
-def _ffn_hook(site: Site) -> Callable[..., Any]:
+def _ffn_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
+    shared = site.stack is not None and bool(site.stack.groups)
+
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        step, depth = site.layer.current, site.layer.depth
+        step: Pass | None = session.prepared_pass(number) if torch.compiler.is_compiling() else None
+        if step is not None:  # a graph replays by itself, so it needs no pass of its own layer's
+            depth = site.layer.depth if shared else site.layer.index
+        else:
+            step, depth = site.layer.current, site.layer.depth
         if step is None or not module.training or depth not in site.drops:
             return None
         if isinstance(output, tuple):  # GPT-OSS returns (hidden states, router scores)
@@ -95,7 +104,7 @@ def _ffn_hook(site: Site) -> Callable[..., Any]:
     return after
 
 
-def _cut(step: StackPass, site: Site, depth: int, hidden: Tensor) -> Tensor:
+def _cut(step: Pass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     drop = site.drops[depth]
     # OPT flattens batch and length before its FFN.
     states = hidden.reshape(*step.tokens.document.shape, hidden.shape[-1])
@@ -105,24 +114,22 @@ def _cut(step: StackPass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     return output.view(hidden.shape)
 
 
-def _note(step: StackPass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
+def _note(step: Pass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
     """Count what was dropped of what is real."""
-    if step.counts(site):
-        step.reached.add(site)
-        site.calls += 1
-        site.count(depth, total - kept, total)
+    step.visit(site)
+    step.count(site, depth, total - kept, total)
 
 
-def _input_hook(session: Session, site: Site) -> Callable[..., Any]:
+def _input_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        step = session.running(site.stack)
+        step = session.running(number)
         return None if step is None else _cut(step, site, 0, output)
 
     return after
 
 
 def _drop_inputs(
-    stack: Stack, step: StackPass, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    stack: Stack, step: Pass, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The input position for callers that pass embeddings instead of ids: the embedding module never runs then."""
     site = next(site for site in stack.sites if site.kind == "input")
@@ -130,7 +137,6 @@ def _drop_inputs(
         return args, kwargs
     if kwargs.get("inputs_embeds") is not None:
         return args, {**kwargs, "inputs_embeds": _cut(step, site, 0, kwargs["inputs_embeds"])}
-    place = list(signature.parameters).index("inputs_embeds")
     return (*args[:place], _cut(step, site, 0, args[place]), *args[place + 1 :]), kwargs
 
 
@@ -140,7 +146,7 @@ def _head_hook(session: Session, head: Head) -> Callable[..., Any]:
         if receive is None or module is not head.module:
             return None
         note_autocast(head, args[0])
-        receive(args[0])
+        receive.append(args[0])
         return (args[0][:, :0], *args[1:])
 
     return before
@@ -160,7 +166,7 @@ def _output_hook(session: Session, site: Site) -> Callable[..., Any]:
     return before
 
 
-def _drop_output(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tensor:
+def _drop_output(step: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tensor:
     if hidden.dim() == 3:
         if hidden.shape[:2] != step.tokens.document.shape:
             raise DataError(

@@ -20,9 +20,12 @@ class Implementation:
         self.config = config
         self.original: str = config._attn_implementation
         self.active = False
+        self.maskless = False
+        """Whether attention knows by itself what may attend to what, so that no mask of pairs is to be made."""
 
-    def attach(self) -> None:
+    def attach(self, maskless: bool = False) -> None:
         """Point the config at our functions."""
+        self.maskless = maskless
         IMPLEMENTATIONS[id(self.config)] = self
         self.config._attn_implementation = NAME
 

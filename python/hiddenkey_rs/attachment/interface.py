@@ -14,12 +14,19 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..errors import StateError
-from .passes import StackPass, attention_keep
+from .kernels import attend
+from .passes import Pass, attention_keep
+from .prepared import PreparedPass
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -41,15 +48,24 @@ def register() -> None:
 
 def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     """Mask function: a full boolean mask while a pass is active, else what the model made before."""
-    implementation = IMPLEMENTATIONS.get(id(kwargs.get("config")))
+    # A compiled graph cannot look anything up by identity, and never asks outside an active pass: see Session.open.
+    compiling = torch.compiler.is_compiling()
+    implementation = None if compiling else IMPLEMENTATIONS.get(id(kwargs.get("config")))
     if implementation is not None and not implementation.active:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
+    if implementation is not None and implementation.maskless and _plain(**kwargs):
+        return None
     padding = _padding_mask(**kwargs)
     if padding is not None:
         return padding
     # A skipped mask (None) would leave causality to a flag that boolean keep masks cannot be combined with.
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*args, **kwargs)
+
+
+def _plain(*, mask_function: Any = None, local_size: int | None = None, **_: Any) -> bool:
+    """Whether a mask says no more than causality, a window and padding."""
+    return mask_function in (causal_mask_function, bidirectional_mask_function) or local_size is not None
 
 
 def _padding_mask(
@@ -85,7 +101,7 @@ def hiddenkey_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer. query (B, H, Q, D); key, value (B, Hkv, K, D) -> (B, Q, H, D) and no weights."""
-    step: StackPass | None = kwargs.pop(PASS_KEYWORD, None)
+    step: Pass | None = kwargs.pop(PASS_KEYWORD, None)
     call = kwargs.pop(DEPTH_KEYWORD, None)
     site = step.sites.get(module) if step is not None else None
     if step is None or site is None:
@@ -94,21 +110,27 @@ def hiddenkey_attention(
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given, **kwargs)
     layer = site.layer
-    layer.current = step
-    layer.depth = layer.index if call is None else call * site.stack.inner + layer.index  # type: ignore[union-attr]
+    depth = layer.index if call is None else call * site.stack.inner + layer.index  # type: ignore[union-attr]
+    in_graph = isinstance(step, PreparedPass) and torch.compiler.is_compiling()
+    if not in_graph:
+        layer.current = step
+    if not in_graph or call is not None:  # a graph may not change anything inside a checkpointed layer
+        layer.depth = depth
     allowed, bias = _allowed_and_bias(attention_mask, position_bias)
-    if step.running:
-        step.reached.add(site)
-        site.calls += 1
-    how = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
-    drop = site.drops.get(layer.depth)
+    step.visit(site)
+    how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
+    drop = site.drops.get(depth)
+    if step.impl == "triton":
+        tensors, window = (query, key, value), kwargs.get("sliding_window")
+        output = attend(step, site, drop, depth, module, tensors, attention_mask, dropout, window, how)
+        return output.transpose(1, 2).contiguous(), None
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
         impl = step.impl if step.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
         output = ops.attention(query, key, value, allowed=allowed, kept=allowed, dropout=dropout, impl=impl, **how)
         return output.transpose(1, 2).contiguous(), None
     heads = key.shape[1] if drop.heads == "group" else query.shape[1]
-    keep = attention_keep(step, site, drop, layer.depth, heads, query.shape[2], key.shape[2])
+    keep = attention_keep(step, site, drop, depth, heads, query.shape[2], key.shape[2])
     _note_received(site, query, key, allowed, keep, **how)
     output, dropped, total = ops.dropped_attention(
         query,
@@ -123,8 +145,7 @@ def hiddenkey_attention(
         impl=step.impl,
         **how,
     )
-    if step.running:
-        site.count(layer.depth, dropped, total)
+    step.count(site, depth, dropped, total)
     return output.transpose(1, 2).contiguous(), None
 
 

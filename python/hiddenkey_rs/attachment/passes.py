@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import masks, ops
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError
 from ..masks import MaskKey
+from .prepared import PreparedPass, check_heads, no_encoder
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
+    from ..ops import Documents
     from ..plan import StepPlan
     from .tokens import Tokens
 
@@ -57,25 +58,71 @@ class StackPass:
     """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
     group_calls: int = 0
     reached: set[Site] = field(default_factory=set)
+    runs: dict[str, Documents] = field(default_factory=dict)
+    """The batch's documents for the Triton kernels, by kind of attention, once they were asked for."""
 
     def counts(self, site: Site) -> bool:
         """Whether what the site does now is to be counted: not in a replay. The head runs after the stack."""
         return self.running or site.kind == "output"
+
+    def visit(self, site: Site) -> None:
+        """The site's module was called."""
+        if self.counts(site):
+            self.reached.add(site)
+            site.calls += 1
+
+    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor) -> None:
+        """So many of the pairs or places that the site could drop were dropped, int64 ()."""
+        if self.counts(site):
+            site.count(depth, dropped, total)
 
     def column_tokens(self, site: Site) -> Tokens:
         """The tokens that are this site's columns: the encoder's for cross-attention, else the stack's own."""
         if site.kind != "cross-attention":
             return self.tokens
         if self.encoder_tokens is None:
-            raise DataError(
-                "cross-attention ran without encoder_hidden_states (got None); pass the encoder's output to the decoder"
-            )
+            raise no_encoder()
         return self.encoder_tokens
 
+    def documents(self, site: Site) -> Documents:
+        """The runs of tokens that attend to each other."""
+        if site.kind not in self.runs:
+            own = self.runs.get("attention") or _runs(self.tokens)
+            self.runs["attention"] = own
+            if site.kind == "cross-attention":
+                self.runs[site.kind] = ops.Documents.across(own, _runs(self.column_tokens(site)))
+        return self.runs[site.kind]
 
-def attention_keep(
-    step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int
-) -> Tensor:
+    def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """A column or span mask over the batch, bool (B, heads, L); False at padding."""
+        return self.column_tokens(site).lay(_planned(self, site, drop, depth, heads)[:, :, 0])
+
+    def pairs(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """An element mask of attention over the batch, bool (B, heads, Q, K)."""
+        columns, rows = self.column_tokens(site), self.tokens
+        drawn = _drawn(self, site, drop, depth, columns, rows.columns, columns.columns, heads)
+        aligned = columns.aligned and rows.aligned
+        return ops.lay_pairs(drawn, rows.document, rows.position, columns.position, aligned=aligned)
+
+    def keys(self, site: Site, depth: int) -> Tensor:
+        """The site's keys, int64 (branches, 2)."""
+        keys = [_key(self, site, depth, branch).derive() for branch in self.tokens.branch_order]
+        return torch.tensor(keys, device=self.tokens.document.device)
+
+    def draws(self, site: Site, depth: int) -> Tensor:
+        """The 32-bit draw of every document's span at this site, int64 (documents,)."""
+        tokens = self.tokens
+        found = []
+        for sample, branch in zip(tokens.samples.tolist(), tokens.branches.tolist(), strict=True):
+            found.append(ops.span_draw(_key(self, site, depth, branch).derive(), sample))
+        return torch.tensor(found, device=tokens.document.device)
+
+
+Pass = StackPass | PreparedPass
+"""What sites take their masks from: drawn as they are asked for, or laid out before the model was called."""
+
+
+def attention_keep(step: Pass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int) -> Tensor:
     """Keep mask of an attention site over the batch: bool (B, heads, 1 or queries, keys), True = keep.
 
     ``heads`` is the number that the mask is drawn for: key/value heads or query heads, as the site says.
@@ -87,35 +134,30 @@ def attention_keep(
             f"{rows.document.shape[1]} and {columns.document.shape[1]} tokens); train with use_cache=False"
         )
     if drop.pattern != "element":
-        return columns.lay(_planned(step, site, drop, depth, heads)[:, :, 0])[:, :, None]
-    drawn = _drawn(step, site, drop, depth, columns, rows.columns, columns.columns, heads)
-    if columns.aligned and rows.aligned:
-        return F.pad(drawn, (0, keys - drawn.shape[3], 0, queries - drawn.shape[2]))
-    if drawn.shape[3] == 0:
-        return drawn.new_zeros(rows.document.shape[0], heads, queries, keys)
-    # Pairs of different documents are no pairs of a mask: a well-formed packed batch forbids them anyway.
-    where = (rows.document[:, :, None], slice(None), rows.position[:, :, None], columns.position[:, None, :])
-    return drawn[where].permute(0, 3, 1, 2)
+        return step.laid(site, drop, depth, heads)[:, :, None]
+    return step.pairs(site, drop, depth, heads)
 
 
-def drop_tokens(step: StackPass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def drop_tokens(step: Pass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, L, D) after this site's dropout, and how many real places (or tokens) were kept, int64 ()."""
     tokens = step.tokens
     if drop.pattern != "element":
-        if drop.start == "attention":
-            keep = guided_keep(step, site, drop, depth)
-        else:
-            keep = tokens.lay(_planned(step, site, drop, depth, 1)[:, :, 0])[:, 0]
-        return ops.drop_rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
-    if step.recorder is not None and step.counts(site):
+        guided = drop.start == "attention"
+        keep = guided_keep(step, site, drop, depth) if guided else step.laid(site, drop, depth, 1)[:, 0]
+        rows = ops.triton_hidden.drop_rows if step.impl == "triton" else ops.drop_rows
+        return rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
+    if isinstance(step, StackPass) and step.recorder is not None and step.counts(site):
         # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist.
-        drawn = _drawn(step, site, drop, depth, tokens, tokens.columns, hidden.shape[-1], 1)[:, 0]
+        drawn = _drawn(step, site, drop, depth, step.tokens, step.tokens.columns, hidden.shape[-1], 1)[:, 0]
         keep = drawn[tokens.document, tokens.position] & tokens.real[..., None]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
-    return _drop_elements(step, site, drop, depth, hidden, tokens.row_samples, tokens.row_positions)
+    where = (step.keys(site, depth), tokens.row_samples, tokens.row_positions, drop.threshold, drop.scale)
+    if step.impl == "triton":
+        return ops.triton_hidden.drop_elements(hidden, *where, count=True)
+    return ops.drop_elements(hidden, *where)
 
 
-def drop_pooled(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def drop_pooled(step: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """One vector an example, (B, D), after dropout (row 0 of the element pattern), and how many places were kept."""
     tokens = step.tokens
     if tokens.packed:
@@ -123,19 +165,35 @@ def drop_pooled(step: StackPass, site: Site, drop: SiteDrop, hidden: Tensor) -> 
             "the head receives one vector a row, but rows hold several documents (got packed sample ids); "
             "do not pack examples for a classification head"
         )
-    if step.recorder is not None:
-        keep = _drawn(step, site, drop, 0, tokens, 1, hidden.shape[-1], 1)[:, 0, 0]
+    if isinstance(step, StackPass) and step.recorder is not None:
+        keep = _drawn(step, site, drop, 0, step.tokens, 1, hidden.shape[-1], 1)[:, 0, 0]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
-    samples = torch.from_numpy(tokens.samples).to(hidden.device)
-    return _drop_elements(step, site, drop, 0, hidden, samples, torch.zeros_like(samples))
+    places = (tokens.sample_ids, torch.zeros_like(tokens.sample_ids))
+    return ops.drop_elements(hidden, step.keys(site, 0), *places, drop.threshold, drop.scale)
 
 
-def _drop_elements(
-    step: StackPass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor, samples: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
-    keys = [_key(step, site, depth, branch).derive() for branch in step.tokens.branch_order]
-    drawn_from = torch.tensor(keys, device=hidden.device)
-    return ops.drop_elements(hidden, drawn_from, samples, positions, drop.threshold, drop.scale)
+def guided_keep(step: Pass, site: Site, drop: SiteDrop, depth: int) -> Tensor:
+    """Keep mask of an attention-guided HiddenCut span, bool (B, L): it starts at a much-attended token.
+
+    Not planned ahead and outside the purity promise: it depends on this forward pass's attention weights.
+    """
+    tokens = step.tokens
+    if tokens.packed or site.layer.received is None:
+        raise DataError(
+            "an attention-guided span needs one document a row and a self-attention in its layer (got packed rows or "
+            'no attention); use start="uniform"'
+        )
+    received = site.layer.received.masked_fill(~tokens.real, -1.0)
+    return ops.guided_span(received, tokens.real, tokens.real_lengths, step.draws(site, depth), drop.threshold)
+
+
+def planned_columns(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+    """A column or span mask in the documents' own coordinates, bool (documents, heads, columns)."""
+    return _planned(step, site, drop, depth, heads)[:, :, 0]
+
+
+def _runs(tokens: Tokens) -> Documents:
+    return ops.Documents.of_tokens(tokens.samples, tokens.document, tokens.position, tokens.real)
 
 
 def _key(step: StackPass, site: Site, depth: int, branch: int) -> MaskKey:
@@ -147,11 +205,7 @@ def _planned(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int
     plan = step.plans[site.kind == "cross-attention"]
     tokens = step.column_tokens(site)
     keep = plan.mask(depth, site.site).to_torch(tokens.document.device)
-    if keep.shape[1] != heads:
-        raise UnsupportedModelError(
-            f"attention has another number of heads than the model's configuration says (got {heads}, planned "
-            f"{keep.shape[1]}); the model's code differs from the family's"
-        )
+    check_heads(heads, planned=keep.shape[1])
     if step.recorder is not None and step.counts(site):
         for branch in tokens.branch_order:
             _record(step, site, drop, depth, tokens, branch, keep[torch.from_numpy(tokens.branches == branch)])
@@ -177,29 +231,8 @@ def _drawn(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _record(
-    step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, branch: int, keep: Tensor
-) -> None:
+def _record(step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, branch: int, keep: Tensor) -> None:
     if step.recorder is not None:
         chosen = tokens.branches == branch
         key = _key(step, site, depth, branch)
         step.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))
-
-
-def guided_keep(step: StackPass, site: Site, drop: SiteDrop, depth: int) -> Tensor:
-    """Keep mask of an attention-guided HiddenCut span, bool (B, L): it starts at a much-attended token.
-
-    Not planned ahead and outside the purity promise: it depends on this forward pass's attention weights.
-    """
-    tokens = step.tokens
-    if tokens.packed or site.layer.received is None:
-        raise DataError(
-            "an attention-guided span needs one document a row and a self-attention in its layer (got packed rows or "
-            'no attention); use start="uniform"'
-        )
-    draws = []
-    for sample, branch in zip(tokens.samples.tolist(), tokens.branches.tolist(), strict=True):
-        draws.append(ops.span_draw(_key(step, site, depth, branch).derive(), sample))
-    lengths = torch.from_numpy(tokens.lengths).to(tokens.real.device)
-    received = site.layer.received.masked_fill(~tokens.real, -1.0)
-    return ops.guided_span(received, tokens.real, lengths, torch.tensor(draws, device=received.device), drop.threshold)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
+from weakref import ref
 
 import numpy as np
 import torch
@@ -14,9 +15,15 @@ from torch import Tensor, nn
 from ..errors import DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .implementation import Implementation
-from .passes import MaskRecorder, StackPass
+from .passes import MaskRecorder, Pass, StackPass
+from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
 from .tokens import Tokens, from_packed, from_rows
+
+_DIRECT = (
+    "a compiled model cannot lay out its masks by itself (got a direct call in training); "
+    "call handle.loss(**batch) or handle.compute(batch)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,11 +49,15 @@ class Session:
         implementations: list[Implementation],
         impl: str,
         drops: bool,
+        model: nn.Module,
+        output: Site | None,
     ) -> None:
         self.seed, self.stacks, self.attention, self.impl, self.drops = seed, stacks, attention, impl, drops
-        self.implementations = implementations
+        self.implementations, self.output = implementations, output
+        # Weakly: the hooks hold the session, so it would keep its model until the cycle collector comes by.
+        self._model = ref(model)
         self.active: ActiveStep | None = None
-        self.last_pass: StackPass | None = None
+        self.last_pass: Pass | None = None
         """The pass of the stack that ran last; the head behind it belongs to it."""
         self.recorder: MaskRecorder | None = None
         self.target_mask: Tensor | None = None
@@ -54,9 +65,11 @@ class Session:
         self.capture = False
         self.features: Tensor | None = None
         """What the head received, where ``capture`` asks for it."""
-        self.head_receives: Callable[[Tensor], None] | None = None
+        self.head_receives: list[Tensor] | None = None
         """Where a vocabulary head leaves what it received instead of making logits of it."""
-        self._running: dict[Stack, StackPass | None] = {}
+        self._running: list[Pass | None] = [None] * len(stacks)
+        self._prepared: list[PreparedPass | None] | None = None
+        self._counters: dict[int, Tensor] = {}
         self._proven = False
 
     @contextmanager
@@ -92,43 +105,118 @@ class Session:
             )
         return self.active
 
-    def running(self, stack: Stack | None) -> StackPass | None:
-        """The pass of a stack whose forward pass is under way."""
-        return self._running.get(stack) if stack is not None else None
+    def running(self, number: int) -> Pass | None:
+        """The pass of the stack of this number, if its forward pass is under way."""
+        return self._running[number]
 
     def see_features(self, hidden: Tensor) -> None:
         """The head received ``hidden``."""
         if self.capture:
             self.features = hidden
 
-    def open(self, stack: Stack, inputs: dict[str, Any]) -> StackPass | None:
-        """A stack's forward pass begins: the pass to hand down, or ``None`` for the stock model."""
-        step = self._new_pass(stack, inputs) if self._wants_masks(stack) else None
-        for implementation in self.implementations:
-            implementation.begin(step is not None)
-        for layer in stack.layers:
-            layer.current = None
-        self._running[stack] = step
-        self.last_pass = step
-        return step
+    def new_pass(self, stack: Stack, inputs: dict[str, Any]) -> StackPass | None:
+        """The pass that a stack's forward pass begins with, or ``None`` for the stock model."""
+        if not self._wants_masks(stack):
+            return None
+        model = self._model()
+        if model is not None and model._compiled_call_impl is not None:  # a graph that broke calls its parts one by one
+            refuse(_DIRECT)
+        return self._new_pass(stack, inputs)
 
-    def close(self, stack: Stack, step: StackPass | None, failed: bool) -> None:
+    def prepared_pass(self, number: int) -> PreparedPass | None:
+        """The pass that was laid out for the stack of this number before the model was called."""
+        return None if self._prepared is None else self._prepared[number]
+
+    def open(self, stack: Stack, number: int, step: Pass | None) -> None:
+        """A stack's forward pass begins with ``step``, or as the stock model's."""
+        compiling = torch.compiler.is_compiling()
+        if compiling and step is None and self._wants_masks(stack):
+            refuse(_DIRECT)
+        # What replays need to find is of no use to a graph, and would make it depend on the step.
+        if step is None or not compiling:
+            for implementation in self.implementations:
+                implementation.begin(step is not None)
+        if not compiling:
+            for layer in stack.layers:
+                layer.current = None
+        self._running[number] = step
+        self.last_pass = step
+
+    def close(self, stack: Stack, number: int, step: Pass | None, failed: bool) -> None:
         """A stack's forward pass is over (``failed``: by an exception)."""
-        for implementation in self.implementations:
-            implementation.end()
-        self._running[stack] = None
-        if step is None:
+        if step is None or not torch.compiler.is_compiling():
+            for implementation in self.implementations:
+                implementation.end()
+        self._running[number] = None
+        if not isinstance(step, StackPass):
             return
         step.running = False
         if not self._proven and not failed:
-            self._prove_reached(stack, step)
+            self._prove_reached(stack, step.reached, step.encoder_tokens is None)
+
+    @contextmanager
+    def prepared(self, batch: dict[str, Any], compiled: bool) -> Iterator[None]:
+        """A call of the model inside, if it is ``compiled``, takes its masks from passes that are laid out here.
+
+        Args:
+            batch: what the model is called with.
+            compiled: whether calling it runs compiled code; otherwise nothing happens here.
+        """
+        wanting = [compiled and self._wants_masks(stack) for stack in self.stacks]
+        if not any(wanting):
+            yield
+            return
+        if self.recorder is not None:
+            raise StateError(
+                "a compiled model does not show its masks (got a recorder); record them before compiling: "
+                "they are the same"
+            )
+        numbers = range(len(self.stacks))
+        self._prepared = [self._prepare(number, batch) if wanting[number] else None for number in numbers]
+        passes, failed = self._prepared, True
+        try:
+            yield
+            failed = False
+        finally:
+            self._prepared = None
+            for number, step in enumerate(passes):
+                if step is not None:
+                    self._finish(number, step, failed)
+
+    def _prepare(self, number: int, batch: dict[str, Any]) -> PreparedPass:
+        stack = self.stacks[number]
+        step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1))
+        sites = self._counted(stack)
+        slots = slots_of(sites)
+        counter = self._counters.get(number)
+        if counter is None or counter.device != step.tokens.document.device:
+            counter = torch.zeros(len(slots), 3, dtype=torch.int64, device=step.tokens.document.device)
+            torch._dynamo.mark_static_address(counter)  # or a CUDA graph could not change it in place
+            self._counters[number] = counter
+        return PreparedPass(step, slots, sites, counter)
+
+    def _finish(self, number: int, step: PreparedPass, failed: bool) -> None:
+        stack = self.stacks[number]
+        sites = self._counted(stack)
+        totals = step.finish(sites)
+        if not self._proven and not failed:
+            called = totals[:, 2].tolist()
+            reached = {s for s in sites if any(called[step.slots[s.kind, depth]] for depth in s.drops)}
+            self._prove_reached(stack, reached, step.encoder_tokens is None)
+
+    def _counted(self, stack: Stack) -> list[Site]:
+        """The sites that drop in a stack's pass, and the one in front of the head, which the last stack's pass serves."""
+        sites = [site for site in stack.sites if site.drops]
+        if self.output is not None and self.output.drops and stack is self.stacks[-1]:
+            sites.append(self.output)
+        return sites
 
     def _wants_masks(self, stack: Stack) -> bool:
         if not stack.module.training or not self.drops:
             return False
         if self.active is None:
             if torch.is_grad_enabled():
-                raise StateError(
+                refuse(
                     "a training forward pass ran outside a step, so its sample ids are missing (got no active step); "
                     "wrap it in `with handle.step(step, sample_ids):`"
                 )
@@ -189,14 +277,14 @@ class Session:
             mask = self.target_mask
         return from_rows(active.samples, _real(mask, embeds), active.branches)
 
-    def _prove_reached(self, stack: Stack, step: StackPass) -> None:
+    def _prove_reached(self, stack: Stack, reached: set[Site], alone: bool) -> None:
         """After the first pass: every site that should drop was called, or the model does not do what it seems to."""
         if getattr(stack.module, "layerdrop", 0):  # LayerDrop may skip any layer of any pass
             return
         missed = [
             site.name
             for site in stack.sites
-            if site.drops and site not in step.reached and site.kind != "input" and not _idle_cross(site, step)
+            if site.drops and site not in reached and site.kind != "input" and not (alone and _is_cross(site))
         ]
         if missed:
             raise UnsupportedModelError(
@@ -206,8 +294,34 @@ class Session:
         self._proven = stack is self.stacks[-1]
 
 
-def _idle_cross(site: Site, step: StackPass) -> bool:
-    return site.kind == "cross-attention" and step.encoder_tokens is None
+def refuse(message: str) -> NoReturn:
+    """A :class:`StateError`, or its text in the error that torch.compile makes of one."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=message)
+    raise StateError(message)
+
+
+def _is_cross(site: Site) -> bool:
+    return site.kind == "cross-attention"
+
+
+def _inputs(stack: Stack, batch: dict[str, Any], beside: bool) -> dict[str, Any]:
+    """What a stack will receive of a batch; ``beside``: it stands beside another one, of an encoder-decoder."""
+    if not beside or stack.role == "encoder":
+        return batch
+    ids = batch.get("decoder_input_ids")
+    if ids is None and batch.get("decoder_inputs_embeds") is None:
+        # The model makes them: from labels of its tokens, or, under a classification head, from its inputs.
+        labels = batch.get("labels")
+        ids = labels if labels is not None and labels.dim() == 2 else batch.get("input_ids")
+    memory = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
+    return {
+        "input_ids": ids,
+        "inputs_embeds": batch.get("decoder_inputs_embeds"),
+        "attention_mask": batch.get("decoder_attention_mask"),
+        "encoder_hidden_states": memory,  # only its batch and length are looked at
+        "encoder_attention_mask": batch.get("attention_mask"),
+    }
 
 
 def _real(mask: Tensor | None, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..plan import PlanEntry, plannable
 from .families import Family, StackSpec
 
 if TYPE_CHECKING:
-    from .passes import StackPass
+    from .passes import Pass
 
 ATTENTION_KINDS = ("attention", "cross-attention")
 _HEADS = ("classifier", "score", "classification_head")
@@ -62,7 +62,7 @@ class Layer:
 
     index: int
     name: str
-    current: StackPass | None = None
+    current: Pass | None = None
     depth: int = 0
     received: Tensor | None = None
     """Attention received by each key, (batch, keys) float32; only filled where ``guided``."""

@@ -43,15 +43,24 @@ class Tokens:
     @cached_property
     def row_samples(self) -> Tensor:
         """Every token's example, int64 (batch * length,); -1 at padding."""
-        samples = torch.from_numpy(self.samples).to(self.document.device)
         if not len(self.samples):
             return self.document.new_full((self.document.numel(),), -1)
-        return samples[self.document].masked_fill(~self.real, -1).flatten()
+        return self.sample_ids[self.document].masked_fill(~self.real, -1).flatten()
 
     @cached_property
     def row_positions(self) -> Tensor:
         """Every token's place in its example, int64 (batch * length,)."""
         return self.position.flatten().contiguous()
+
+    @cached_property
+    def sample_ids(self) -> Tensor:
+        """``samples`` on the batch's device."""
+        return torch.from_numpy(self.samples).to(self.document.device)
+
+    @cached_property
+    def real_lengths(self) -> Tensor:
+        """``lengths`` on the batch's device."""
+        return torch.from_numpy(self.lengths).to(self.document.device)
 
     def lay(self, drawn: Tensor) -> Tensor:
         """One flag a position of each document, bool (documents, heads, columns), over the batch: (batch, heads, length).

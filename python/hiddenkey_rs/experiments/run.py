@@ -20,11 +20,11 @@ from .demo_data import demo_splits
 from .evaluate import evaluate
 from .extras import extra
 from .features import Example, collator, tokenise
+from .interrupts import interruptible
 from .models import add_lora, load_adapter, load_model, quiet_libraries, restore_adapter
 from .report import curves
 from .run_config import RunConfig
 from .tasks import TASKS, Task, own_task
-from .interrupts import interruptible
 from .watch import RunState, Watcher
 
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..serialise import choice
 from . import blocked, compact, reference, sdpa
 
-IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact", "blocked")
+IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact", "blocked", "triton")
 
 BLOCKED_QUERIES = 192
 """From so many queries on, a mask that differs by query is applied a block of them at a time; below, blocks are too small."""
@@ -50,6 +50,8 @@ def dropped_attention(
         ConfigError: an unknown ``impl`` or position, or an explicit ``impl`` that cannot compute this.
     """
     choice(impl, IMPLEMENTATIONS, "impl")
+    if impl == "triton":
+        raise ConfigError("Triton's kernels take documents, not masks (got impl='triton'); call triton_attention.attention")
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
@@ -192,7 +194,7 @@ def attention(
     obstacle = sdpa.obstacle(position, bias, softcap, sinks)
     if impl == "sdpa" and obstacle is not None:
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
-    if impl in ("compact", "blocked"):
+    if impl in ("compact", "blocked", "triton"):
         raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)

@@ -49,8 +49,13 @@ def kept_set(allowed: Tensor | None, keep: Tensor, *, rescue: str, queries: int,
     kept = allowed & keep
     lost = ~kept.any(dim=-1, keepdim=True)
     # Rows that differ only by their rescue stay one row where none needs it: Q times less to read. On an accelerator
-    # the question itself would make the host wait.
-    if kept.shape[2] == 1 and kept.device.type == "cpu" and not bool((lost & allowed).any()):
+    # the question itself would make the host wait, and in a compiled graph nobody can be asked.
+    if (
+        not torch.compiler.is_compiling()
+        and kept.shape[2] == 1
+        and kept.device.type == "cpu"
+        and not bool((lost & allowed).any())
+    ):
         return kept
     fallback = allowed
     if rescue == "own":
@@ -116,7 +121,9 @@ def attention_weights(
 ) -> Tensor:
     """The weights that :func:`attention` multiplies values with: (B, H, Q, K), float32 or float64, zero where dropped."""
     logits = (
-        query @ repeat_heads(key, query.shape[1]).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        query
+        @ repeat_heads(key, query.shape[1]).transpose(-1, -2)
+        * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     )
     if bias is not None:
         logits = logits + bias

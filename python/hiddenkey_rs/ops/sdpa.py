@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,7 +37,8 @@ def attention(
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
     # What SDPA makes of a row without keys differs by version and backend (zeros, a mean, NaN): it never sees one.
     empty = ~kept.any(dim=-1, keepdim=True)
-    if kept.device.type == "cpu" and not bool(empty.any()):  # asking is free on the host, and saves a copy
+    asking = kept.device.type == "cpu" and not torch.compiler.is_compiling()  # free on the host, and saves a copy
+    if asking and not bool(empty.any()):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=kept, dropout_p=dropout, scale=scaling)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=kept | empty, dropout_p=dropout, scale=scaling)
     return output.masked_fill(empty, 0.0)

@@ -1,0 +1,87 @@
+"""Attention of an attached model through the Triton kernels: no mask of (query, key) pairs exists, anywhere.
+
+The mask function hands down nothing (``Implementation.maskless``); what may attend to what follows from the batch's
+documents, which the pass knows, and from the layer: causal or not, and its window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import ConfigError
+from .passes import Pass, StackPass, planned_columns
+
+if TYPE_CHECKING:
+    from .sites import Site, SiteDrop
+    from .tokens import Tokens
+
+
+def check_kernels(model: nn.Module) -> None:
+    """A :class:`ConfigError` that says why ``impl="triton"`` cannot run on this model here."""
+    parameter = next(model.parameters(), None)
+    reason = None if parameter is None else ops.triton_attention.unable(parameter)
+    if reason is not None:
+        raise ConfigError(f"Triton cannot compute this model's attention: {reason} (got impl='triton'); use impl='auto'")
+
+
+def attend(
+    step: Pass,
+    site: Site,
+    drop: SiteDrop | None,
+    depth: int,
+    module: nn.Module,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    dropout: float,
+    window: int | None,
+    how: dict[str, Any],
+) -> Tensor:
+    """Attention of one layer, (B, H, Q, D); counts what was dropped. ``tensors``: queries, keys, values.
+
+    Raises:
+        ConfigError: what Triton cannot compute, or a mask that is not made of the batch's documents.
+    """
+    query, key, value = tensors
+    biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
+    reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
+    if mask is not None:
+        reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
+    if not isinstance(step, StackPass):
+        reason = "the model is compiled"
+    if reason is not None or not isinstance(step, StackPass):
+        raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
+    cross = site.kind == "cross-attention"
+    causal = not cross and bool(getattr(module, "is_causal", False))
+    # transformers counts a window of both sides without the own key, a causal one with it.
+    width = None if window is None or cross else window if causal else window + 1
+    settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
+    counted = drop is not None and step.counts(site)
+    if drop is not None:
+        settings |= {"position": drop.position, "heads": drop.heads, "count": counted}
+        heads = key.shape[1] if drop.heads == "group" else query.shape[1]
+        if drop.pattern == "element":
+            settings |= {"keys": step.keys(site, depth), "threshold": drop.threshold}
+        else:
+            settings["keep"] = planned_columns(step, site, drop, depth, heads)
+    documents = step.documents(site)
+    output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
+    if counted:
+        pairs = _allowed_pairs(step.tokens, step.column_tokens(site), causal, width)
+        total = torch.tensor(query.shape[1] * pairs, device=query.device)
+        step.count(site, depth, total - kept, total)
+    return output
+
+
+def _allowed_pairs(rows: Tokens, columns: Tokens, causal: bool, window: int | None) -> int:
+    """How many (query, key) pairs of all documents the mask allows, for one head."""
+    if rows is not columns:
+        return int((rows.lengths * columns.lengths).sum())
+    lengths = rows.lengths.astype(np.int64)
+    reach = lengths if window is None else np.minimum(lengths, window)
+    back = reach * (reach + 1) // 2 + (lengths - reach) * reach  # the own key, and those before it
+    return int((back if causal else 2 * back - lengths).sum())

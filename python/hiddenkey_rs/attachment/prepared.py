@@ -1,0 +1,208 @@
+"""A pass laid out before its model is called, for compiled models: what sites then take from it are tensors alone.
+
+A graph must not depend on numbers that change with every step, and nothing in it can ask the host. So the keys of all
+sites, all column and span masks, and every token's place are made first and are inputs of the graph, like the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import DataError, UnsupportedModelError
+from ..masks import MaskKey
+from .sites import Site, SiteDrop
+
+if TYPE_CHECKING:
+    from ..plan import StepPlan
+    from .passes import StackPass
+    from .tokens import Tokens
+
+Slots = Mapping[tuple[str, int], int]
+"""(kind of site, depth) -> its number among everything that drops in a stack, and behind it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What a graph reads of :class:`.Tokens`, under the same names."""
+
+    document: Tensor
+    position: Tensor
+    real: Tensor
+    row_samples: Tensor
+    row_positions: Tensor
+    sample_ids: Tensor
+    real_lengths: Tensor
+    packed: bool
+
+    @staticmethod
+    def of(tokens: Tokens) -> Places:
+        """The tensors of ``tokens``."""
+        return Places(
+            # Rows of a broadcast: a graph would compile anew for other strides.
+            tokens.document.contiguous(),
+            tokens.position,
+            tokens.real,
+            tokens.row_samples,
+            tokens.row_positions,
+            tokens.sample_ids,
+            tokens.real_lengths,
+            tokens.packed,
+        )
+
+
+class PreparedPass:
+    """What a forward pass of a compiled model takes its masks from. Methods and their results as :class:`.StackPass`.
+
+    Counts are added up in ``counter``, int64 (slots, 3): dropped, total, calls. It is the same tensor in every step, and
+    changed in place, because a graph's results can leave a checkpointed layer in no other way.
+    """
+
+    def __init__(self, step: StackPass, slots: Slots, sites: list[Site], counter: Tensor) -> None:
+        self.sites: Mapping[nn.Module, Site] = step.sites
+        self.impl = step.impl
+        self.running = True
+        self.group_calls = 0
+        self.slots, self.counter = slots, counter
+        self.tokens = Places.of(step.tokens)
+        self.encoder_tokens = None if step.encoder_tokens is None else Places.of(step.encoder_tokens)
+        own, cross = step.plans
+        self._planned = (_lay_all(own, step.tokens), _lay_all(cross, step.encoder_tokens or step.tokens))
+        self._heads = {**_first_heads(own), **_first_heads(cross)}
+        self._keys, self._words = _keys(step, slots, sites)
+        self._extents = (_extent(step.tokens, step.tokens), _extent(step.tokens, step.encoder_tokens or step.tokens))
+        self._draws = {
+            (site.kind, depth): step.draws(site, depth)
+            for site in sites
+            for depth, drop in site.drops.items()
+            if drop.start == "attention"
+        }
+
+    def counts(self, site: Site) -> bool:
+        """Whether this is the forward pass itself and no replay."""
+        return self.running
+
+    def visit(self, site: Site) -> None:
+        """Calls are counted where something is dropped."""
+
+    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor) -> None:
+        """Add to the counter."""
+        if self.running:
+            self.counter[self.slots[site.kind, depth]].add_(torch.stack((dropped, total, torch.ones_like(total))))
+
+    def column_tokens(self, site: Site) -> Places:
+        """The tokens that are this site's columns."""
+        if site.kind != "cross-attention":
+            return self.tokens
+        if self.encoder_tokens is None:
+            raise no_encoder()
+        return self.encoder_tokens
+
+    def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """A column or span mask over the batch."""
+        first, planned = self._heads[site.site, depth]
+        check_heads(heads, planned)
+        laid = self._planned[site.kind == "cross-attention"]
+        assert laid is not None  # as something was planned there
+        return laid[first : first + heads].transpose(0, 1)
+
+    def pairs(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """An element mask of attention over the batch."""
+        columns, rows = self.column_tokens(site), self.tokens
+        words = self._words[self.slots[site.kind, depth]]
+        extent = self._extents[site.kind == "cross-attention"]
+        places = (rows.document, rows.position, columns.position)
+        return ops.element_pairs(words, columns.sample_ids, extent, *places, drop.threshold, heads)
+
+    def keys(self, site: Site, depth: int) -> Tensor:
+        """The site's keys."""
+        return self._keys[self.slots[site.kind, depth]]
+
+    def draws(self, site: Site, depth: int) -> Tensor:
+        """The draws of a guided span."""
+        return self._draws[site.kind, depth]
+
+    def finish(self, sites: list[Site]) -> Tensor:
+        """The model's call is over: hand the counts on to the sites, and return them, like ``counter``."""
+        self.running = False
+        totals = self.counter.clone()
+        self.counter.zero_()
+        for site in sites:
+            for depth in site.drops:
+                slot = self.slots[site.kind, depth]
+                site.count(depth, totals[slot, 0], totals[slot, 1])
+                site.calls += 1
+        return totals
+
+
+def slots_of(sites: list[Site]) -> Slots:
+    """Numbers for everything that ``sites`` drop."""
+    places = dict.fromkeys((site.kind, depth) for site in sites for depth in site.drops)
+    return {place: number for number, place in enumerate(places)}
+
+
+def check_heads(heads: int, planned: int) -> None:
+    """An :class:`UnsupportedModelError` if masks were planned for another number of heads than attention has."""
+    if heads != planned:
+        raise UnsupportedModelError(
+            f"attention has another number of heads than the model's configuration says (got {heads}, planned "
+            f"{planned}); the model's code differs from the family's"
+        )
+
+
+def no_encoder() -> DataError:
+    """What a cross-attention says that has no keys."""
+    return DataError(
+        "cross-attention ran without encoder_hidden_states (got None); pass the encoder's output to the decoder"
+    )
+
+
+def _lay_all(plan: StepPlan, tokens: Tokens) -> Tensor | None:
+    """Every mask of a plan over the batch, bool (heads of all entries, B, L), in one transfer to the device."""
+    if not plan.entries:
+        return None
+    device = tokens.document.device
+    drawn = torch.cat([plan.mask(entry.layer, entry.site).to_torch().flatten(0, 2) for entry in plan.entries])
+    documents = len(plan.samples)
+    parts = drawn.to(device, non_blocking=True).split([documents * entry.heads for entry in plan.entries])
+    # Every mask by itself: it is (documents, heads, columns).
+    laid = [
+        tokens.lay(part.view(documents, entry.heads, plan.columns)).transpose(0, 1)
+        for part, entry in zip(parts, plan.entries, strict=True)
+    ]
+    return torch.cat(laid)
+
+
+def _first_heads(plan: StepPlan) -> dict[tuple[str, int], tuple[int, int]]:
+    """(site, layer) -> where its heads begin among those of all entries, and how many they are."""
+    found, first = {}, 0
+    for entry in plan.entries:
+        found[entry.site, entry.layer] = (first, entry.heads)
+        first += entry.heads
+    return found
+
+
+def _keys(step: StackPass, slots: Slots, sites: list[Site]) -> tuple[Tensor, Tensor]:
+    """Keys of all slots, int64 (slots, branches, 2) on the device, and their words, (slots, branches, 5) on the host."""
+    branches = step.tokens.branch_order
+    keys = np.zeros((len(slots), len(branches), 2), np.int64)
+    words = np.zeros((len(slots), len(branches), 5), np.uint64)
+    for site in sites:
+        for depth in site.drops:
+            slot = slots[site.kind, depth]
+            for number, branch in enumerate(branches):
+                key = MaskKey(step.seed, step.step, branch, depth, site.site)
+                keys[slot, number], words[slot, number] = key.derive(), key.words
+    device = step.tokens.document.device
+    return torch.from_numpy(keys).to(device), torch.from_numpy(words.view(np.int64))
+
+
+def _extent(rows: Tokens, columns: Tokens) -> Tensor:
+    """What :func:`hiddenkey_rs.ops.element_pairs` asks for."""
+    return torch.tensor([rows.columns, columns.columns, rows.aligned and columns.aligned])

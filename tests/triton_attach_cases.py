@@ -1,0 +1,81 @@
+"""Attached models on the Triton kernels, in the interpreter: equal to the reference. Run by tests/test_triton_attach.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import families
+import hiddenkey_rs as hk
+
+IDS = [5, 1 << 35, 7]
+
+
+def step(model, config, batch, impl: str):
+    handle = hk.attach(model, config, stock_dropout="off", impl=impl)
+    with handle.step(3, IDS):
+        loss = handle.loss(**batch)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients, handle.realised()
+
+
+PATTERNS = {
+    "hiddenkey": hk.HiddenKeyConfig.preset("hiddenkey", rate=0.4),
+    "elements": hk.HiddenKeyConfig(
+        attention=hk.AttentionDrop(position="dropattention", pattern="element", rate=0.4, heads="query"),
+        hidden=hk.HiddenDrop(pattern="span", rate=0.3),
+        layers="all",
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pattern", list(PATTERNS))
+@pytest.mark.parametrize("family", ["bert", "llama", "mistral", "gpt2", "bart", "modernbert"])
+def test_equals_the_reference(family: str, pattern: str, side: str) -> None:
+    if side == "left" and family in ("bart", "modernbert"):
+        pytest.skip("one side is enough")
+    model, batch = families.build(family), families.batch(family, side=side)
+    if family in families.ENCODERS and side == "left":
+        return  # their heads take the first column, which would be padding
+    config = PATTERNS[pattern]
+    expected = step(copy.deepcopy(model), config, batch, "reference")
+    found = step(model, config, batch, "triton")
+    # float32, summed in another order, through four layers
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-3, atol=2e-5)
+    assert set(found[2]) == set(expected[2])
+    for site, rate in found[2].items():
+        # queries of padding are counted by masks of pairs and not by documents
+        assert rate == pytest.approx(expected[2][site], abs=0.1)
+
+
+def test_counts_are_the_masks_own() -> None:
+    model, batch = families.build("llama"), families.batch("llama", rows=1)
+    config = PATTERNS["hiddenkey"]
+    rates = []
+    for impl in ("reference", "triton"):
+        handle = hk.attach(copy.deepcopy(model), config, stock_dropout="off", impl=impl)
+        with handle.step(3, IDS[:1]):
+            handle.loss(**batch)
+        rates.append(handle.realised())
+    assert rates[0] == rates[1]
+
+
+def test_packed_rows_and_what_cannot_be_computed() -> None:
+    model = families.build("llama")
+    ids = torch.randint(5, 90, (1, 9))
+    documents = [[4, 4, 4, 4, 4, 9, 9, 9, -1]]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])}
+    handle = hk.attach(model, PATTERNS["hiddenkey"], stock_dropout="off", impl="triton")
+    with handle.step(0, documents), pytest.raises(hk.ConfigError, match="sample ids do not say so"):
+        handle.loss(**batch, attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
+    with handle.step(0, documents):
+        packed = handle.loss(**{**batch, "attention_mask": torch.tensor([[1] * 8 + [0]])})
+    assert torch.isfinite(packed)
+    t5 = hk.attach(families.build("t5"), PATTERNS["hiddenkey"], stock_dropout="off", impl="triton")
+    with t5.step(0, IDS), pytest.raises(hk.ConfigError, match="it has no additive bias"):
+        t5.loss(**families.batch("t5"))
