@@ -24,5 +24,8 @@ def test_a_model_that_is_not_on_a_gpu_is_refused_untouched() -> None:
     before = model.config._attn_implementation
     with pytest.raises(hk.ConfigError, match=r"it needs tensors on a CUDA device, not cpu .*impl='triton'"):
         hk.attach(model, impl="triton")
+    guided = hk.HiddenKeyConfig(hidden=hk.HiddenDrop(pattern="span", rate=0.1, start="attention"))
+    with pytest.raises(hk.ConfigError, match="needs the attention weights"):
+        hk.attach(model, guided, impl="triton")
     assert model.config._attn_implementation == before
     hk.attach(model).detach()

@@ -91,7 +91,7 @@ class Handle:
         family = family_of(self.base.config.model_type, transformers.__version__)
         check_model(self.base)
         if impl == "triton":
-            check_kernels(self.base)
+            check_kernels(self.base, config)
         self.stacks = discover(self.base, family)
         self.output = output_site(self.base)
         plan(config, self.stacks, self.output)

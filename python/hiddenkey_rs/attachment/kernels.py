@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..config import HiddenKeyConfig
 from ..errors import ConfigError
 from .passes import Pass, StackPass, planned_columns
 
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
     from .tokens import Tokens
 
 
-def check_kernels(model: nn.Module) -> None:
+def check_kernels(model: nn.Module, config: HiddenKeyConfig) -> None:
     """A :class:`ConfigError` that says why ``impl="triton"`` cannot run on this model here."""
     parameter = next(model.parameters(), None)
     reason = None if parameter is None else ops.triton_attention.unable(parameter)
+    if config.hidden is not None and config.hidden.start == "attention":
+        reason = "an attention-guided span needs the attention weights, and they never exist"
     if reason is not None:
-        raise ConfigError(f"Triton cannot compute this model's attention: {reason} (got impl='triton'); use impl='auto'")
+        raise ConfigError(
+            f"Triton cannot compute this model's attention: {reason} (got impl='triton'); use impl='auto'"
+        )
 
 
 def attend(
@@ -57,8 +62,8 @@ def attend(
         raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
     cross = site.kind == "cross-attention"
     causal = not cross and bool(getattr(module, "is_causal", False))
-    # transformers counts a window of both sides without the own key, a causal one with it.
-    width = None if window is None or cross else window if causal else window + 1
+    # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
+    width = None if cross else window
     settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
     counted = drop is not None and step.counts(site)
     if drop is not None:

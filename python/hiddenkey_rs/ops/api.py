@@ -51,7 +51,9 @@ def dropped_attention(
     """
     choice(impl, IMPLEMENTATIONS, "impl")
     if impl == "triton":
-        raise ConfigError("Triton's kernels take documents, not masks (got impl='triton'); call triton_attention.attention")
+        raise ConfigError(
+            "Triton's kernels take documents, not masks (got impl='triton'); call triton_attention.attention"
+        )
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
