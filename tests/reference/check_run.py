@@ -26,6 +26,8 @@ def digest(line: dict) -> str:
         keep = reference_element(where, rows, columns, line["rate"], heads)
     elif line["pattern"] == "column":
         keep = masks.column(*where, columns, line["rate"], heads=heads)
+        for example, length in enumerate(line["lengths"]):
+            keep[example, ..., length:] = False  # there is nothing to keep behind an example's end
     else:
         keep = masks.span(*where, line["lengths"], line["rate"], heads=heads)
     return hashlib.sha256(np.ascontiguousarray(keep).tobytes()).hexdigest()
