@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Nothing outside the repository is read or written, and no test waits for a network.
 os.environ["HF_HOME"] = str(ROOT / ".cache" / "huggingface")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Started in the background of a shell, this process ignores Ctrl-C, and so would every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="runs/demo", help="folder of the three runs and the picture (default: runs/demo)"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training set (default: 10)")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the training set (default: 8)")
     parser.add_argument("--seed", type=int, default=0, help="of data order, new weights and masks (default: 0)")
 
 
