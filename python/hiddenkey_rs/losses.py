@@ -76,9 +76,15 @@ def token_rows(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
 
     ``shift``: the logits of a position predict the label of the next one (causal language models).
     """
+    return labelled_rows(logits, labels, shift=shift)[0]
+
+
+def labelled_rows(states: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """:func:`token_rows` of logits or hidden states, and the labels that they predict: (N, V) and (N,)."""
     if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return logits[labels != IGNORED]
+        states, labels = states[:, :-1], labels[:, 1:]
+    carries = labels != IGNORED
+    return states[carries], labels[carries]
 
 
 def reduce(per_row: Tensor, normaliser: Tensor | float | None = None) -> Tensor:

@@ -6,6 +6,7 @@ Stream ``hk1``: the counter table is in DESIGN.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -143,11 +144,7 @@ def element(
     """
     ids = _samples(samples)
     words = _room(out, (ids.size, heads, rows, columns), _WORD)
-    try:
-        _core.element(key.words, ids, heads, rows, columns, threshold(rate), words)
-    except DataError:
-        _recheck(samples)
-        raise
+    _drawn(samples, _core.element, key.words, ids, heads, rows, columns, threshold(rate), words)
     return BitMask(words, columns)
 
 
@@ -166,11 +163,7 @@ def element_bool(
     """
     ids = _samples(samples)
     keep = _room(out, (ids.size, heads, rows, columns), _BOOL)
-    try:
-        _core.element(key.words, ids, heads, rows, columns, threshold(rate), keep.view(np.uint8))
-    except DataError:
-        _recheck(samples)
-        raise
+    _drawn(samples, _core.element, key.words, ids, heads, rows, columns, threshold(rate), keep.view(np.uint8))
     return keep
 
 
@@ -191,11 +184,7 @@ def column(
     ids = _samples(samples)
     words = _room(out, (ids.size, heads, 1, columns), _WORD)
     counts = None if lengths is None else _lengths(lengths)
-    try:
-        _core.column(key.words, ids, counts, heads, columns, threshold(rate), words)
-    except DataError:
-        _recheck(samples)
-        raise
+    _drawn(samples, _core.column, key.words, ids, counts, heads, columns, threshold(rate), words)
     return BitMask(words, columns)
 
 
@@ -218,11 +207,7 @@ def span(
     width = int(counts.max(initial=0)) if columns is None else columns
     ids = _samples(samples)
     words = _room(out, (ids.size, heads, 1, width), _WORD)
-    try:
-        _core.span(key.words, ids, counts, heads, width, threshold(rate), words)
-    except DataError:
-        _recheck(samples)
-        raise
+    _drawn(samples, _core.span, key.words, ids, counts, heads, width, threshold(rate), words)
     return BitMask(words, width)
 
 
@@ -382,9 +367,13 @@ def _samples(samples: Any) -> NDArray[np.uint64]:
     return check_integers(samples, "sample ids", (1 << 40) - 1).astype(np.uint64)
 
 
-def _recheck(samples: Any) -> None:
-    """After the core refused: the same complaint about the ids as they were given, if it was about them."""
-    check_integers(samples, "sample ids", (1 << 40) - 1)
+def _drawn(samples: Any, draw: Callable[..., None], *arguments: Any) -> None:
+    """Call the core; if it refuses, and that was about the ids, complain about them as they were given."""
+    try:
+        draw(*arguments)
+    except DataError:
+        check_integers(samples, "sample ids", (1 << 40) - 1)
+        raise
 
 
 def _lengths(lengths: Any) -> NDArray[np.uint32]:

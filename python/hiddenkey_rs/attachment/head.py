@@ -80,14 +80,6 @@ def note_autocast(head: Head, hidden: Tensor) -> None:
     head.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
 
 
-def loss_rows(hidden: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """Hidden states and labels of the tokens that carry loss: (N, D) and (N,)."""
-    if shift:
-        hidden, labels = hidden[:, :-1], labels[:, 1:]
-    carries = labels != losses.IGNORED
-    return hidden[carries], labels[carries]
-
-
 def token_losses(
     head: Head,
     first: Tensor,

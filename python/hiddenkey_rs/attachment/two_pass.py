@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from .. import losses
 from ..config import Consistency
 from ..errors import ConfigError, DataError
 from .checks import on_compiled
-from .head import Head, loss_rows, token_losses, without_logits
+from .head import Head, token_losses, without_logits
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -73,7 +74,7 @@ def _on_tokens(
     """Both terms from what the vocabulary head received: logits exist for a few loss-bearing tokens at a time."""
 
     def rows(batch: dict[str, Any], outputs: Any, received: Any) -> tuple[Tensor, Tensor]:
-        return loss_rows(received, batch["labels"], shifts_labels(handle))
+        return losses.labelled_rows(received, batch["labels"], shift=shifts_labels(handle))
 
     passes = _passes(handle, model, part, batch, rows)
     (first, labels), (second, _) = passes.first, passes.second or (None, None)
@@ -100,15 +101,17 @@ class _Passes:
 
 
 _Rows = Callable[[dict[str, Any], Any, Any], Any]
+_Run = Callable[[dict[str, Any]], tuple[Any, Any]]
 
 
 def _passes(
     handle: Handle, model: nn.Module, part: Consistency | None, batch: dict[str, Any], rows: _Rows | None = None
 ) -> _Passes:
     """Run what the consistency term asks for. ``rows`` makes of (batch, outputs, features) what is compared."""
-    on_tokens = rows is not None
+    compiled = on_compiled(model)  # asked once: it walks all modules
+    run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
     if part is None:
-        outputs, features = _run(handle, model, batch, on_tokens)
+        outputs, features = run(batch)
         return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch["labels"])
     compared = rows or (lambda batch, outputs, features: _rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
@@ -116,18 +119,17 @@ def _passes(
             name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()
         }
         with handle.session.branches((0, 1)):
-            outputs, features = _run(handle, model, doubled, on_tokens)
+            outputs, features = run(doubled)
         return _halves(compared(doubled, outputs, features), outputs, doubled["labels"])
-    share = handle.sharing.layers and not on_compiled(model)
-    if not share:
+    if compiled or not handle.sharing.layers:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
-        second = _second_pass(handle, model, part, batch, compared, on_tokens)
-        outputs, features = _run(handle, model, batch, on_tokens)
+        second = _second_pass(handle, model, part, batch, compared, run)
+        outputs, features = run(batch)
     else:
         with handle.sharing.recording():
-            outputs, features = _run(handle, model, batch, on_tokens)
+            outputs, features = run(batch)
         with handle.sharing.skipping():
-            second = _second_pass(handle, model, part, batch, compared, on_tokens)
+            second = _second_pass(handle, model, part, batch, compared, run)
     return _Passes(compared(batch, outputs, features), second, outputs, batch["labels"])
 
 
@@ -141,17 +143,19 @@ def _halves(rows: Any, outputs: Any, labels: Tensor) -> _Passes:
 
 
 def _second_pass(
-    handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any], compared: _Rows, on_tokens: bool
+    handle: Handle, model: nn.Module, part: Consistency, batch: dict[str, Any], compared: _Rows, run: _Run
 ) -> Any:
     with torch.no_grad():
         if part.kind == "js":
             with _evaluating(model):
-                return compared(batch, *_run(handle, model, batch, on_tokens))
+                return compared(batch, *run(batch))
         with handle.session.branches((1,), force=True):
-            return compared(batch, *_run(handle, model, batch, on_tokens))
+            return compared(batch, *run(batch))
 
 
-def _run(handle: Handle, model: nn.Module, batch: dict[str, Any], on_tokens: bool) -> tuple[Any, Tensor | None]:
+def _run(
+    handle: Handle, model: nn.Module, batch: dict[str, Any], *, on_tokens: bool, compiled: bool
+) -> tuple[Any, Tensor | None]:
     """One forward pass, and what the head received where that is compared, or where tokens' losses are made of it."""
     session = handle.session
     session.capture, session.features = _compares_features(handle), None
@@ -159,10 +163,10 @@ def _run(handle: Handle, model: nn.Module, batch: dict[str, Any], on_tokens: boo
     try:
         if on_tokens:
             batch = _without_labels(handle, batch)
-            with without_logits(handle) as received, session.prepared(batch, on_compiled(model)):
+            with without_logits(handle) as received, session.prepared(batch, compiled):
                 outputs = model(**batch)
             return outputs, received[-1]
-        with session.prepared(batch, on_compiled(model)):
+        with session.prepared(batch, compiled):
             outputs = model(**batch)
         return outputs, session.features
     finally:

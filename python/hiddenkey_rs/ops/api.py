@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..serialise import choice
-from . import blocked, compact, reference, sdpa
+from . import blocked, compact, cpu_kernel, reference, sdpa
 
 IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact", "blocked", "triton")
 
@@ -106,7 +106,7 @@ def worth_gathering(queries: int, keys: int, rate: float) -> bool:
 
 def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
     """Why torch's CPU kernel cannot be called on parts of this attention, or ``None`` if it can."""
-    if query.device.type != "cpu" or query.dtype not in compact.DTYPES:
+    if not cpu_kernel.runs_on(query):
         return f"it runs on the CPU in float32, bfloat16 and float16, not in {query.dtype} on {query.device.type}"
     return f"the stock model's attention dropout draws on weights (rate {dropout})" if dropout else None
 

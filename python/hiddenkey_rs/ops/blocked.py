@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .compact import DTYPES, _backward, _empty, _forward, _like
+from . import cpu_kernel
 
 
 def block_rows(queries: int) -> int:
@@ -55,7 +55,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the logarithm of each row's denominator, float32 (B, H, Q), and how many pairs were kept."""
     _check(query, key, value, allowed, keep)
-    out, total = _empty(query)
+    out, total = cpu_kernel.empty(query)
     count = 0
     for rows, columns, mask, empty, kept in _blocks(query, allowed, keep, own):
         count += kept
@@ -63,7 +63,7 @@ def _attention(
             out[:, :, rows] = 0
             continue
         parts = query[:, :, rows], key[:, :, columns], value[:, :, columns]
-        out[:, :, rows], total[:, :, rows] = _forward(*parts, 0.0, False, attn_mask=mask, scale=scaling)
+        out[:, :, rows], total[:, :, rows] = cpu_kernel.forward(*parts, 0.0, False, attn_mask=mask, scale=scaling)
         if empty is not None:
             out[:, :, rows].masked_fill_(empty, 0.0)
     return out, total, torch.tensor(count)
@@ -73,7 +73,7 @@ def _attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor, own: bool, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_empty(query), query.new_empty((), dtype=torch.int64)
+    return *cpu_kernel.empty(query), query.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("hiddenkey_rs::blocked_attention_backward", mutates_args=())
@@ -89,14 +89,14 @@ def _gradients(
     own: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_query, to_key, to_value = _like(query), _like(key).zero_(), _like(value).zero_()
+    to_query, to_key, to_value = cpu_kernel.like(query), cpu_kernel.like(key).zero_(), cpu_kernel.like(value).zero_()
     for rows, columns, mask, empty, _ in _blocks(query, allowed, keep, own):
         if mask is None:
             to_query[:, :, rows] = 0
             continue
         arriving = gradient[:, :, rows] if empty is None else gradient[:, :, rows].masked_fill(empty, 0.0)
         parts = query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows], total[:, :, rows]
-        found = _backward(arriving, *parts, 0.0, False, attn_mask=mask, scale=scaling)
+        found = cpu_kernel.backward(arriving, *parts, 0.0, False, attn_mask=mask, scale=scaling)
         to_query[:, :, rows] = found[0]
         to_key[:, :, columns] += found[1]
         to_value[:, :, columns] += found[2]
@@ -116,7 +116,7 @@ def _(
     own: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
+    return cpu_kernel.like(query), cpu_kernel.like(key), cpu_kernel.like(value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -153,7 +153,7 @@ def _blocks(query: Tensor, allowed: Tensor, keep: Tensor, own: bool) -> Iterator
             counts = (permitted & drawn).sum(dim=-1)
         else:
             counts = torch.matmul(permitted.float(), drawn.float().transpose(-1, -2)).squeeze(-1).long()
-        mask = torch.minimum(_forbid(permitted, query.dtype), _forbid(drawn, query.dtype))
+        mask = torch.minimum(cpu_kernel.forbid(permitted, query.dtype), cpu_kernel.forbid(drawn, query.dtype))
         count, empty = int(counts.sum()) * (batch // counts.shape[0]), None
         without = counts == 0
         if bool(without.any()):
@@ -161,16 +161,11 @@ def _blocks(query: Tensor, allowed: Tensor, keep: Tensor, own: bool) -> Iterator
             rescued = _fallback(permitted, rows, columns, own).expand(batch, 1, -1, -1)[example, 0, row]
             count += int(rescued.count_nonzero())
             none = ~rescued.any(dim=-1)
-            mask[example, head, row] = _forbid(rescued | none[:, None], query.dtype)
+            mask[example, head, row] = cpu_kernel.forbid(rescued | none[:, None], query.dtype)
             if bool(none.any()):
                 empty = torch.zeros(batch, heads, rows.stop - rows.start, 1, dtype=torch.bool)
                 empty[example[none], head[none], row[none]] = True
         yield rows, columns, mask, empty, count
-
-
-def _forbid(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a mask is True, else -inf."""
-    return torch.zeros((), dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 def _fallback(permitted: Tensor, rows: slice, columns: slice, own: bool) -> Tensor:
@@ -192,7 +187,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Ten
             f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}, {tuple(allowed.shape)}, {tuple(keep.shape)}); repeat grouped heads first"
         )
-    if query.dtype not in DTYPES or query.device.type != "cpu":
+    if not cpu_kernel.runs_on(query):
         raise ConfigError(
             f"blocks of queries run on the CPU in float32, bfloat16 and float16 (got {query.dtype} on {query.device}); "
             "use impl='sdpa'"

@@ -25,17 +25,15 @@ from torch import Tensor
 
 from .. import masks
 from ..errors import ConfigError
+from . import cpu_kernel
 from .reference import repeat_heads
 
 PLACES = 16
 """Kept rows are padded to a multiple of this: matrix products of other sizes are slower."""
 MOST_SPARE = 0.5
 """Part of a denominator that may come from spare places: dividing it out loses no more than a bit."""
-DTYPES = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
+_AS_NUMPY = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.uint16}
 """Types of numbers, and what NumPy knows them as."""
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float) -> Tensor:
@@ -66,7 +64,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """The output and the logarithm of each row's denominator, float32 (B, H, Q)."""
     _check(query, key, value, keep, real)
-    out, total = _empty(query)
+    out, total = cpu_kernel.empty(query)
     for example in _examples(query, key, value, keep):
         if example.places:
             example.attend(out[example.row], total[example.row], scaling)
@@ -77,7 +75,7 @@ def _attention(
 
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    return _empty(query)
+    return cpu_kernel.empty(query)
 
 
 @torch.library.custom_op("hiddenkey_rs::compact_attention_backward", mutates_args=())
@@ -92,7 +90,7 @@ def _gradients(
     total: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_query, to_key, to_value = _like(query), _like(key), _like(value)
+    to_query, to_key, to_value = cpu_kernel.like(query), cpu_kernel.like(key), cpu_kernel.like(value)
     for example in _examples(query, key, value, keep):
         n, row = example.number, example.row
         if example.places:
@@ -120,7 +118,7 @@ def _(
     total: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(query)[0], _like(key), _like(value)
+    return cpu_kernel.empty(query)[0], cpu_kernel.like(key), cpu_kernel.like(value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,20 +155,17 @@ class _Example:
     def attend(self, out: Tensor, total: Tensor, scaling: float) -> None:
         """Attention of the example into ``out`` (1, H, Q, D) and ``total`` (1, H, Q)."""
         tensors, spare = self._tensors(), self._spare
-        result, sums = _forward(*tensors, 0.0, False, scale=scaling)
-        if spare is None:
-            out.copy_(result)
-            total.copy_(sums)
-            return
-        part = spare * (-sums).exp()
-        if bool((part > MOST_SPARE).any()):
-            result, sums = _forward(*tensors, 0.0, False, attn_mask=self._mask, scale=scaling)
-            out.copy_(result)
-            total.copy_(sums)
-            return
-        rest = 1 - part
-        torch.mul(result, rest.reciprocal()[..., None], out=out)
-        torch.add(sums, rest.log(), out=total)
+        result, sums = cpu_kernel.forward(*tensors, 0.0, False, scale=scaling)
+        if spare is not None:
+            part = spare * (-sums).exp()
+            if not bool((part > MOST_SPARE).any()):
+                rest = 1 - part
+                torch.mul(result, rest.reciprocal()[..., None], out=out)
+                torch.add(sums, rest.log(), out=total)
+                return
+            result, sums = cpu_kernel.forward(*tensors, 0.0, False, attn_mask=self._mask, scale=scaling)
+        out.copy_(result)
+        total.copy_(sums)
 
     def differentiate(self, gradient: Tensor, out: Tensor, total: Tensor, scaling: float) -> tuple[Tensor, ...]:
         """Gradients of the example's queries and shorter keys and values; ``out`` and ``total`` as :meth:`attend` left them."""
@@ -178,7 +173,9 @@ class _Example:
         # Beyond this the weight of a spare place might overflow; below, it meets zeros only.
         masked = spare is not None and bool((spare * (-total).exp() > MOST_SPARE / (1 - MOST_SPARE)).any())
         mask = self._mask if masked else None
-        to_query, *others = _backward(gradient, *self._tensors(), out, total, 0.0, False, attn_mask=mask, scale=scaling)
+        to_query, *others = cpu_kernel.backward(
+            gradient, *self._tensors(), out, total, 0.0, False, attn_mask=mask, scale=scaling
+        )
         groups = self.long[0].shape[1] // len(self.counts)
         if groups > 1:
             others = [rows.unflatten(1, (-1, groups)).sum(dim=2) for rows in others]
@@ -205,8 +202,8 @@ class _Example:
     @property
     def _mask(self) -> Tensor:
         """-inf at spare places, (1, H, 1, places)."""
-        spare = torch.arange(self.places) >= self.counts[:, None]
-        rows = torch.zeros(spare.shape, dtype=self.long[0].dtype).masked_fill_(spare, -torch.inf)
+        filled = torch.arange(self.places) < self.counts[:, None]
+        rows = cpu_kernel.forbid(filled, self.long[0].dtype)
         return repeat_heads(rows[None, :, None], self.long[0].shape[1])
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +245,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor
             f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}, {tuple(keep.shape)}, {tuple(real.shape)}); one mask a key/value head"
         )
-    if query.dtype not in DTYPES or query.device.type != "cpu":
+    if not cpu_kernel.runs_on(query):
         raise ConfigError(
             f"keys are gathered on the CPU in float32, bfloat16 and float16 (got {query.dtype} on {query.device}); "
             "use a boolean mask"
@@ -260,18 +257,6 @@ def _own(rows: Tensor, real: Tensor, example: int) -> Tensor:
     return rows.masked_fill(~real[example][:, None], 0.0)
 
 
-def _empty(query: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the output, (B, H, Q, D) with heads inside as transformers wants them, and for the denominators."""
-    batch, heads, length, features = query.shape
-    out = query.new_empty((batch, length, heads, features)).transpose(1, 2)
-    return out, query.new_zeros((batch, length, heads), dtype=torch.float32).transpose(1, 2)
-
-
-def _like(rows: Tensor) -> Tensor:
-    """Memory for (B, H, K, D) in the same order as ``rows``."""
-    return torch.empty_like(rows.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-
-
 def _laid(rows: Tensor) -> tuple[bool, Tensor]:
     """Whether heads lie inside rows in memory, and the contiguous tensor that says so."""
     swapped = rows.transpose(1, 2)
@@ -279,4 +264,4 @@ def _laid(rows: Tensor) -> tuple[bool, Tensor]:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.view(DTYPES[tensor.dtype]).numpy()
+    return tensor.view(_AS_NUMPY[tensor.dtype]).numpy()

@@ -1,0 +1,33 @@
+"""torch's attention kernel for the CPU, called on parts of an attention: what :mod:`.compact` and :mod:`.blocked` share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_on(query: Tensor) -> bool:
+    """Whether the kernel takes this tensor: on the CPU, in one of :data:`DTYPES`."""
+    return query.device.type == "cpu" and query.dtype in DTYPES
+
+
+def empty(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the output, (B, H, Q, D) with heads inside as transformers wants them, and for the denominators."""
+    batch, heads, length, features = query.shape
+    out = query.new_empty((batch, length, heads, features)).transpose(1, 2)
+    return out, query.new_zeros((batch, length, heads), dtype=torch.float32).transpose(1, 2)
+
+
+def like(rows: Tensor) -> Tensor:
+    """Memory for (B, H, K, D) with heads inside."""
+    return torch.empty_like(rows.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def forbid(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a mask is True, else -inf: what the kernel takes for a mask."""
+    return torch.zeros((), dtype=dtype).masked_fill(~mask, -torch.inf)
