@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..experiments.provenance import PACKAGES
 from . import machine
 
 NAMES = ("cpu", "cuda")
@@ -37,7 +38,7 @@ def wait(device: str) -> None:
 
 def place(about: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What rows say about where they were measured, the device and its libraries included."""
-    versions = dict(machine.versions((*machine.PACKAGES, "transformers", "peft", "triton")))
+    versions = dict(machine.versions((*PACKAGES, "transformers", "peft", "triton")))
     if device != "cpu":
         versions |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
     return {**about, "device": device, "versions": versions}

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "fine-tune with LoRA and transformer-specific dropout",
     "eval": "evaluate the adapter of a finished run again",
     "bench": "time the library's parts beside what people use today",
+    "sweep": "run a plan of experiments: methods x settings x tasks x seeds",
     "masks": "show a mask as a picture, in the terminal or as a PNG",
     "doctor": "versions, instruction set, accelerator, and what a model's family supports",
     "demo": "plain LoRA against lora_dropout against HiddenKey on built-in data",

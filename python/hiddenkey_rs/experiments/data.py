@@ -67,8 +67,13 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def task_splits(task: Task, folder: str | Path) -> Splits:
-    """The splits of a named task below ``folder``: ``<folder>/<task.folder>/{train,dev,test}.jsonl.gz``."""
+    """The splits of a named task below ``folder``: ``<folder>/<task.folder>/{train,dev,test}.jsonl.gz``.
+
+    A task that has a place in the ``datasets`` library comes from there if the folder does not hold it.
+    """
     root = Path(folder) / task.folder
+    if task.hub is not None and not root.is_dir():
+        return hub_splits(task, *task.hub, seed=0)
     if not root.is_dir():
         found = sorted(p.name for p in Path(folder).glob("*") if p.is_dir()) if Path(folder).is_dir() else []
         raise DataError(
@@ -81,8 +86,11 @@ def task_splits(task: Task, folder: str | Path) -> Splits:
         file = root / f"test{suffix}"
         if file.is_file():
             rows = read_rows(file)
-            test = checked(rows, task, file) if task.label is None or task.label in rows[0] else None
-    return Splits(train, dev, test)
+            if task.classes:  # a test set may hold classes that training has not
+                rows = [row for row in rows if row.get(task.label or "") in task.classes]
+            labelled = bool(rows) and (task.label is None or task.label in rows[0])
+            test = checked(rows, task, file) if labelled else None
+    return Splits(train, dev, test, task.classes)
 
 
 def file_splits(task: Task, train: str, dev: str | None, test: str | None, seed: int) -> Splits:
@@ -140,6 +148,11 @@ def _check_label(row: Row, task: Task, place: str) -> None:
             raise DataError(f"a regression label is no number (got {label!r} in {place}); mend the row") from None
         if not math.isfinite(row[task.label or ""]):
             raise DataError(f"a regression label is not finite (got {label!r} in {place}); mend the row")
+    elif task.classes:
+        if label not in task.classes:
+            names = ", ".join(task.classes)
+            raise DataError(f"there is no such class (got {label!r} in {place}); the task knows {names}")
+        row[task.label or ""] = task.classes.index(label)
     elif task.folder or task.name == "demo":
         if label not in range(task.num_labels):
             raise DataError(

@@ -34,9 +34,7 @@ def _classified(rows: list[Row], task: Task, tokenizer: Any, max_length: int) ->
 
 def _causal(source: str, target: str, tokenizer: Any, max_length: int, line: int) -> Example:
     """Prompt, target, end of text; only the target carries loss. A long prompt loses its beginning, never its target."""
-    prompt = tokenizer(source + "\n")["input_ids"]
-    if prompt and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]
+    prompt = prompt_ids(source, tokenizer)
     answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     if len(answer) >= max_length:
         raise DataError(
@@ -45,6 +43,12 @@ def _causal(source: str, target: str, tokenizer: Any, max_length: int, line: int
     prompt = prompt[-(max_length - len(answer)) :]
     ids = prompt + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
+
+
+def prompt_ids(source: str, tokenizer: Any) -> list[int]:
+    """What stands before a causal model's answer: the source and a line's end, without an end of text."""
+    ids = list(tokenizer(source + "\n")["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _seq2seq(source: str, target: str, tokenizer: Any, max_length: int) -> Example:

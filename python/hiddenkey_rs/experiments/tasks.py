@@ -13,6 +13,8 @@ class Task:
 
     ``metrics``: names in :mod:`.metrics`; the first one chooses the best epoch. ``lower_is_better`` says which way.
     ``max_length``: tokens, the default of ``--max-length``. For ``kind="lm"`` the fields are (source, target).
+    ``classes``: their names in the rows, in the order of their numbers; without them the rows hold the numbers.
+    ``hub``: (name, configuration) in the ``datasets`` library, where the data folder does not hold the task.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Task:
     label: str | None = "label"
     lower_is_better: bool = False
     max_length: int = 128
+    classes: tuple[str, ...] = ()
+    hub: tuple[str, str | None] | None = None
 
     @property
     def metric(self) -> str:
@@ -34,6 +38,29 @@ class Task:
 _PAIR = ("sentence1", "sentence2")
 _TEXT = ("source", "target")
 _LM = ("perplexity", "token_accuracy")
+# The test set has five more categories, which nothing could be learned about.
+_CATEGORIES = ("Airport", "Astronaut", "Building", "City", "ComicsCharacter")
+_CATEGORIES += ("Food", "Monument", "SportsTeam", "University", "WrittenWork")
+_CATEGORY = Task(
+    "webnlg-category",
+    "WebNLG",
+    ("target",),
+    "classification",
+    len(_CATEGORIES),
+    ("accuracy", "f1"),
+    label="category",
+    classes=_CATEGORIES,
+)
+_QNLI = Task(
+    "qnli",
+    "QNLI",
+    ("question", "sentence"),
+    "classification",
+    2,
+    ("accuracy",),
+    max_length=256,
+    hub=("nyu-mll/glue", "qnli"),
+)
 
 TASKS = {
     task.name: task
@@ -43,8 +70,10 @@ TASKS = {
         Task("stsb", "STS-B", _PAIR, "regression", 1, ("pearson", "spearman")),
         Task("sst2", "SST-2", ("sentence1",), "classification", 2, ("accuracy",)),
         Task("cola", "CoLA", ("sentence1",), "classification", 2, ("matthews", "accuracy")),
+        _QNLI,
         Task("e2e", "E2E", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
         Task("webnlg", "WebNLG", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
+        _CATEGORY,
         Task("demo", "", _PAIR, "classification", 2, ("accuracy", "f1"), max_length=64),
     )
 }

@@ -1,0 +1,68 @@
+"""``hiddenkey sweep``: run a plan's trials, as many processes at a time as asked for, until every one has its line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import ConfigError, HiddenKeyError
+
+
+class Unfinished(HiddenKeyError):
+    """Trials failed, or the slice of time was over."""
+
+    exit_code = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The plan, the folder, and how it is run."""
+    parser.add_argument("plan", metavar="PLAN.yaml", help="what to run; experiments/ holds plans")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the results' folder; run again to go on with it")
+    parser.add_argument("--data", metavar="DIR", help="folder that holds the task folders")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of a process (default: an equal share)")
+    parser.add_argument("--only", metavar="ID", help="one trial: task/method/setting/seed/stage")
+    parser.add_argument("--retries", type=int, default=1, metavar="N", help="further tries of a failed trial (default: 1)")
+    parser.add_argument("--slice", type=float, metavar="MINUTES", help="start no trial after so many minutes")
+    parser.add_argument("--dry-run", action="store_true", help="check the plan and list what is missing")
+    parser.add_argument("--backend", choices=("local", "ray"), default="local", help="who runs trials (default: local)")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run, and say what came out and what is missing."""
+    from ..experiments.sweep.reading import load_plan
+    from ..experiments.sweep.runner import Sweep, local_pool
+
+    for name in ("jobs", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} must be at least 1 (got {value}); leave it out for the default")
+    plan = load_plan(options.plan, options.data)
+    command = f"hiddenkey sweep {options.plan} --out {options.out}"
+    sweep = Sweep(plan, Path(options.plan).read_text(encoding="utf-8"), options.out, options.retries)
+    if options.dry_run:
+        waiting = sweep.waiting(options.only)
+        for trial in waiting:
+            print(trial.id)
+        print(f"{len(waiting)} of {len(sweep.trials())} known trials to run")
+        return 0
+    if options.backend == "ray":
+        from ..experiments.sweep.ray_pool import RayPool
+
+        threads = options.threads or 1
+        missing = sweep.run(lambda: RayPool(options.jobs, threads, plan.digest, command), options.only, _seconds(options))
+    else:
+        missing = sweep.run(
+            lambda: local_pool(plan, options.jobs, options.threads, command), options.only, _seconds(options)
+        )
+    for (task, method), setting in sweep.winners().items():
+        print(f"{task}: {method} with {dict(plan.methods[method].settings[setting]) or 'its only setting'}")
+    total = len(sweep.trials())
+    print(f"{total - missing} of {total} trials done; hiddenkey report {options.out} shows them")
+    if missing and options.only is None:
+        raise Unfinished(f"trials are missing (got {missing} without results); run the same command again")
+    return 0
+
+
+def _seconds(options: argparse.Namespace) -> float | None:
+    return None if options.slice is None else 60 * options.slice

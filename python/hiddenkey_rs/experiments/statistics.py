@@ -1,0 +1,241 @@
+"""Tests, intervals and effect sizes of methods that were run on the same seeds, and how many seeds it takes.
+
+Everything is paired: a seed gives both methods the same rows, the same order and the same initial weights, so what counts is
+a seed's difference. Where SciPy has the distribution it is SciPy's; what is here is what SciPy lacks (Holm, two ways of
+resampling at once) or does slowly (all sign flips).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import DataError
+from .extras import extra
+
+Array = NDArray[np.float64]
+EXACT_SEEDS = 20
+"""Up to so many differences all 2**n flips are counted; above, as many are drawn as this would be... see :func:`sign_flip`."""
+DRAWS = 10_000
+_CHUNK = 500
+_MOST_SEEDS = 100_000
+
+
+def sign_flip(differences: ArrayLike, draws: int = 100_000, seed: int = 0) -> float:
+    """Two-sided p of paired differences (n,): the share of sign flips whose mean lies as far from 0 as the observed one.
+
+    Exact up to 20 differences (all 2**n flips), else ``draws`` flips, the observed one counted among them. It asks only that
+    a difference would be as likely with the other sign if the methods were alike. The smallest p is 2**(1 - n).
+
+    Raises:
+        DataError: no differences, or some that are no numbers.
+
+    Example:
+        >>> sign_flip([1.0, 2.0, 3.0, 4.0])  # only ++++ and ---- of 16 are as far out
+        0.125
+    """
+    values = _numbers(differences)
+    n, total = len(values), abs(values.sum())
+    if n <= EXACT_SEEDS:
+        sums = np.zeros(1)
+        for value in values[1:]:  # the first sign is fixed: the other half mirrors this one
+            sums = np.concatenate([sums - value, sums + value])
+        sums += values[0]
+    else:
+        signs = np.random.default_rng(seed).integers(0, 2, (draws, n), dtype=np.int8) * 2 - 1
+        sums = np.append(signs @ values, total)
+    # Flips that tie exactly (differences of accuracies do) must not be told apart by rounding.
+    return float(np.mean(np.abs(sums) >= total - 1e-9 * np.abs(values).sum()))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction over a family, in the order given. ``None`` (not run yet) keeps its place in the family.
+
+    The family's size is what was fixed beforehand: a test without a result counts as one with p = 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+        >>> holm([0.01, None, 0.03])
+        [0.03, None, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda n: 1.0 if p_values[n] is None else float(p_values[n] or 0.0))
+    corrected: list[float | None] = [None] * len(p_values)
+    floor = 0.0
+    for rank, place in enumerate(order):
+        value = p_values[place]
+        if value is not None:
+            floor = max(floor, min(1.0, (len(order) - rank) * value))
+            corrected[place] = floor
+    return corrected
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def mean_interval(values: ArrayLike) -> Interval:
+    """Mean of (n,) and Student's 95 % interval; of a single value an interval without bounds (NaN).
+
+    Example:
+        >>> mean_interval([1.0, 2.0, 3.0])
+        Interval(estimate=2.0, low=-0.484..., high=4.484...)
+    """
+    numbers = _numbers(values)
+    mean = float(numbers.mean())
+    if len(numbers) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = float(extra("scipy.stats").t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def effect_size(differences: ArrayLike) -> Interval:
+    """Hedges' g of paired differences: mean / sd (Cohen's d_z) without its small-sample bias, and its 95 % interval.
+
+    The interval is exact where differences are normal: the noncentral t distributions that put the observed t at their 2.5 %
+    ends. Differences without spread have no such size: NaN.
+
+    Example:
+        >>> effect_size([1.0, 2.0, 3.0]).estimate  # d_z = 2, times the correction for two degrees of freedom, 0.5642
+        1.128...
+    """
+    values = _numbers(differences)
+    n = len(values)
+    if n < 2 or _constant(values):
+        return Interval(math.nan, math.nan, math.nan)
+    size = float(values.mean() / values.std(ddof=1))
+    scale = hedges_correction(n - 1)
+    low, high = (_noncentrality(size * math.sqrt(n), n - 1, q) / math.sqrt(n) for q in (0.975, 0.025))
+    return Interval(scale * size, scale * low, scale * high)
+
+
+def hedges_correction(freedom: int) -> float:
+    """Hedges' factor c(m) for m degrees of freedom (Hedges 1981): gamma(m/2) / (sqrt(m/2) gamma((m-1)/2)).
+
+    Example:
+        >>> round(hedges_correction(10), 4)
+        0.9228
+    """
+    return math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
+
+
+def seeds_needed(effect: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
+    """The smallest number of seeds at which a paired, two-sided t test finds an effect d_z with this power.
+
+    ``None`` where more than 100,000 would be needed, as for an effect of 0.
+
+    Example:
+        >>> seeds_needed(0.5)
+        34
+    """
+    size = abs(effect)
+    if not math.isfinite(size) or paired_power(size, _MOST_SEEDS, alpha) < power:
+        return None
+    low, high = 1, 2  # power(low) is too small, power(high) is enough
+    while paired_power(size, high, alpha) < power:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if paired_power(size, middle, alpha) >= power else (middle, high)
+    return high
+
+
+def paired_power(effect: float, n: int, alpha: float = 0.05) -> float:
+    """Power of a paired, two-sided t test of ``n`` differences at an effect d_z.
+
+    Example:
+        >>> round(paired_power(0.5, 34), 3)
+        0.808
+    """
+    stats = extra("scipy.stats")
+    edge, centre = stats.t.ppf(1 - alpha / 2, n - 1), effect * math.sqrt(n)
+    return (
+        float(stats.norm.sf(edge - centre))
+        if centre > 30
+        else float(stats.nct.sf(edge, n - 1, centre) + stats.nct.cdf(-edge, n - 1, centre))
+    )
+
+
+def detectable(differences: ArrayLike, power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true mean difference that these seeds, with their spread, would find with this power."""
+    values = _numbers(differences)
+    if len(values) < 2:
+        return math.nan
+    brentq = extra("scipy.optimize").brentq
+    effect = brentq(lambda size: paired_power(size, len(values), alpha) - power, 1e-6, 1e3)
+    return float(effect * values.std(ddof=1))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A mean difference, the 95 % interval of its resamples, and a two-sided p."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+
+
+def bootstrap(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Resampled:
+    """Resample seeds and, in every draw, examples: (seeds, examples) differences -> mean, interval and p.
+
+    All seeds are reported on the same examples, so that both are drawn with replacement at once (Owen 2007): a row that is
+    lucky for one method is lucky on all seeds, and to draw rows anew within every seed would count it as often. (seeds,)
+    differences, of scores that are no means over examples, are resampled over seeds alone.
+
+    The interval is the resamples' 2.5 and 97.5 % points, widened about the mean by sqrt(n / (n - 1)), n seeds: the plain
+    bootstrap forgets that its centre was estimated. p is twice the smaller share of resamples beyond 0, the observed
+    difference counted among them.
+
+    Example:
+        >>> found = bootstrap(np.ones((3, 4)))
+        >>> found.estimate, found.low, found.high
+        (1.0, 1.0, 1.0)
+    """
+    table = np.asarray(differences, dtype=np.float64)
+    table = table[:, None] if table.ndim == 1 else table
+    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
+        raise DataError(f"a bootstrap needs finite (seeds, examples) (got shape {table.shape}); leave failed runs out")
+    rng = np.random.default_rng(seed)
+    means = np.concatenate([_resample(table, min(_CHUNK, draws - done), rng) for done in range(0, draws, _CHUNK)])
+    mean, n = float(table.mean()), len(table)
+    means = mean + (means - mean) * math.sqrt(n / (n - 1)) if n > 1 else means
+    low, high = np.quantile(means, [0.025, 0.975])
+    beyond = min(np.sum(means <= 0), np.sum(means >= 0))
+    return Resampled(mean, float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (draws + 1))))
+
+
+def _resample(table: Array, draws: int, rng: np.random.Generator) -> Array:
+    seeds, examples = table.shape
+    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    rows = weights @ table
+    if examples == 1:
+        return rows[:, 0]
+    return np.take_along_axis(rows, rng.integers(0, examples, (draws, examples)), axis=1).mean(axis=1)
+
+
+def _noncentrality(t: float, freedom: int, quantile: float) -> float:
+    """The noncentrality under which the observed t is this quantile."""
+    stats, brentq = extra("scipy.stats"), extra("scipy.optimize").brentq
+    reach = 10 + abs(t)
+    return float(brentq(lambda centre: stats.nct.cdf(t, freedom, centre) - quantile, t - reach, t + reach))
+
+
+def _constant(values: Array) -> bool:
+    return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max(initial=0.0))
+
+
+def _numbers(values: ArrayLike) -> Array:
+    found = np.asarray(values, dtype=np.float64)
+    if found.ndim != 1 or not len(found) or not np.isfinite(found).all():
+        raise DataError(f"a test needs numbers, one a seed (got {found!r}); leave failed runs out")
+    return found

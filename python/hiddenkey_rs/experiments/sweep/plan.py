@@ -1,0 +1,169 @@
+"""A plan: tasks, methods with equally many settings each, and the protocol that chooses between them.
+
+The file (YAML)::
+
+    name: small
+    protocol:
+      select_rows: 500          # rows that choose the setting and the epoch, cut from the training rows left over
+      select_by: metric         # the task's first metric; or: loss, or a metric's name
+      search_seeds: [0, 1]      # every method x setting x task x these
+      final_seeds: [100, 101]   # the chosen setting of every method x task x these
+    base: {model: minilm, rank: 16, lr: 1.0e-3, epochs: 8}      # fields of a run, see hiddenkey train --help
+    tasks:
+      mrpc-1000: {task: mrpc, train_size: 1000}
+    methods:
+      none: {preset: none, settings: [{lr: 5.0e-4}, {lr: 1.0e-3}, {lr: 2.0e-3}]}
+      hiddenkey: {preset: hiddenkey, settings: [{rate: 0.05}, {rate: 0.1}, {rate: 0.2}]}
+    comparisons: {baselines: [none], against: [hiddenkey]}      # the family of tests, fixed beforehand
+    curves:
+      ranks: {vary: rank, values: [4, 16, 64], methods: [none, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1, 2]}
+"""  # noqa: D214, D405, D411
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..run_config import RunConfig
+from ..tasks import TASKS, Task
+
+SEARCH, FINAL, CURVE = "search", "final", "grid"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How settings and epochs are chosen, and by how many seeds."""
+
+    select_rows: int = 500
+    select_from: str = "train"
+    select_by: str = "metric"
+    search_seeds: tuple[int, ...] = (0,)
+    final_seeds: tuple[int, ...] = (100, 101, 102)
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a trial may have beside a run's own choices: dropout of other kinds, to compare with."""
+
+    stock_rate: float | None = None
+    """The model's own attention and hidden dropout, switched on at this rate."""
+    rank_dropout: float | None = None
+    """Dropout on the rank axis of every adapter (DropLoRA): one draw a forward pass, shared by all rows."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run of a plan. ``id`` names it: task/method/setting/seed/stage."""
+
+    id: str
+    stage: str
+    task: str
+    method: str
+    setting: Mapping[str, Any]
+    seed: int
+    train_size: int | None
+    config: RunConfig
+    controls: Controls
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: what is common to its trials, and the settings that are searched."""
+
+    common: Mapping[str, Any]
+    settings: tuple[Mapping[str, Any], ...]
+    rate_field: str
+    final_seeds: int | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One value varied, everything else as the search chose it."""
+
+    vary: str
+    values: tuple[Any, ...]
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+Winners = Mapping[tuple[str, str], int]
+"""(task, method) -> the number of the chosen setting."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan, see :func:`.reading.load_plan`. Everything that it could ever run has been built once."""
+
+    name: str
+    protocol: Protocol
+    base: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Method]
+    comparisons: Mapping[str, tuple[str, ...]]
+    curves: Mapping[str, Curve]
+    data: str | None
+    digest: str
+
+    def search(self) -> list[Trial]:
+        """Every method x setting x task x search seed."""
+        return [
+            self.trial(SEARCH, task, method, number, seed)
+            for task in self.tasks
+            for seed in self.protocol.search_seeds
+            for method, entry in self.methods.items()
+            for number in range(len(entry.settings))
+        ]
+
+    def final(self, winners: Winners) -> list[Trial]:
+        """The chosen settings on the final seeds, seed by seed, so that methods stay comparable at any time."""
+        found = []
+        for number, seed in enumerate(self.protocol.final_seeds):
+            for (task, method), setting in winners.items():
+                most = self.methods[method].final_seeds
+                if most is None or number < most:
+                    found.append(self.trial(FINAL, task, method, setting, seed))
+        return found
+
+    def along_curves(self, winners: Winners) -> list[Trial]:
+        """Trials of all curves whose settings are chosen."""
+        return [
+            self.trial(CURVE, task, method, winners[task, method], seed, (curve.vary, value))
+            for curve in self.curves.values()
+            for seed in curve.seeds
+            for task in curve.tasks
+            for method in curve.methods
+            if (task, method) in winners
+            for value in curve.values
+        ]
+
+    def task_of(self, key: str) -> Task:
+        """The task behind a key of ``tasks``."""
+        return TASKS[self.tasks[key]["task"]]
+
+    def cells(self) -> Iterator[tuple[str, str, int]]:
+        """(task, method, number of a setting) of everything that is searched."""
+        for task in self.tasks:
+            for method, entry in self.methods.items():
+                for number in range(len(entry.settings)):
+                    yield task, method, number
+
+    def trial(
+        self, stage: str, task: str, method: str, number: int, seed: int, varied: tuple[str, Any] | None = None
+    ) -> Trial:
+        """One trial; ``varied``: (field, value) on top of the setting."""
+        entry, place = self.methods[method], str(number)
+        setting = dict(entry.settings[number])
+        if varied is not None:
+            name = entry.rate_field if varied[0] == "rate" else varied[0]
+            setting[name] = varied[1]
+            place = f"{varied[0]}={varied[1]:g}" if isinstance(varied[1], float) else f"{varied[0]}={varied[1]}"
+        merged = {**self.base, **self.tasks[task], **entry.common, **setting}
+        train_size = merged.pop("train_size", None)
+        controls = Controls(**{f.name: merged.pop(f.name) for f in fields(Controls) if f.name in merged})
+        data = None if merged["task"] == "demo" else self.data
+        config = RunConfig.from_dict({**merged, "data": data, "seed": seed})
+        name = f"{task}/{method}/{place}/{seed}/{stage}"
+        return Trial(name, stage, task, method, setting, seed, train_size, config, controls, self.protocol)

@@ -1,0 +1,217 @@
+"""A sweep: the trials of a plan that have no line yet, in the order of the protocol, until all have one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol as Interface
+
+from ...errors import StateError
+from ..folder import write_text
+from .lines import ResultLine, append_line, read_lines
+from .plan import Plan, Trial
+from .selection import winners
+from .workers import Outcome, Workers
+
+RESULTS, PLAN, DIGEST, LOCK = "results.jsonl", "plan.yaml", "plan.digest", ".lock"
+_TICK = 0.5
+
+
+class Pool(Interface):
+    """What runs trials; see :class:`.workers.Workers`."""
+
+    @property
+    def free(self) -> int: ...  # noqa: D102
+    @property
+    def running(self) -> list[tuple[str, float]]: ...  # noqa: D102
+    def submit(self, trial: Trial) -> None: ...  # noqa: D102
+    def finished(self, timeout: float) -> Iterator[tuple[Trial, Outcome]]: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Sweep:
+    """A plan and the folder of its results.
+
+    Args:
+        plan: a checked plan. text: the plan's file, kept beside the results. out: the folder, new or of the same plan.
+        retries: how often a trial that failed is tried again before its failure stands. A failure of an earlier call
+            is tried again; a loss that became NaN is not, it would again.
+
+    Raises:
+        StateError: the folder holds another plan's results, or something else.
+    """
+
+    def __init__(self, plan: Plan, text: str, out: str | Path, retries: int = 1) -> None:
+        self.plan, self.text, self.out, self.retries = plan, text, Path(out), retries
+        self._check()
+        lines = read_lines(self.out / RESULTS) if (self.out / RESULTS).is_file() else []
+        self.lines: dict[str, ResultLine] = {line.id: line for line in lines}
+        self.tries: Counter[str] = Counter()
+        self.started: set[str] = set()
+        self._known: list[Trial] | None = None
+
+    def run(self, pool: Callable[[], Pool], only: str | None = None, slice_seconds: float | None = None) -> int:
+        """Run what is missing; returns how many trials are still without a line that says ``done``.
+
+        Args:
+            pool: makes the processes. only: one trial's id. slice_seconds: start nothing after so many seconds.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with _locked(self.out):
+            write_text(self.out / PLAN, self.text)
+            write_text(self.out / DIGEST, self.plan.digest + "\n")
+            started, display = time.monotonic(), Display(len(self.trials()))
+            workers = pool()
+            try:
+                while True:
+                    late = slice_seconds is not None and time.monotonic() - started > slice_seconds
+                    waiting = [] if late else self.waiting(only)
+                    for trial in waiting[: workers.free]:
+                        self.started.add(trial.id)
+                        workers.submit(trial)
+                    if not workers.running:
+                        break
+                    for trial, outcome in workers.finished(_TICK):
+                        self._keep(trial, outcome, display)
+                    display.show(self, workers)
+            finally:
+                workers.close()
+        return sum(1 for trial in self.trials() if not self._done(trial))
+
+    def trials(self) -> list[Trial]:
+        """All trials that are known so far: finals and curves join when their settings have been chosen."""
+        if self._known is None:
+            chosen = self.winners()
+            self._known = [*self.plan.search(), *self.plan.final(chosen), *self.plan.along_curves(chosen)]
+        return self._known
+
+    def winners(self) -> Mapping[tuple[str, str], int]:
+        """The chosen settings of every (task, method) whose search is finished."""
+        tasks = {key: self.plan.task_of(key) for key in self.plan.tasks}
+        settings = len(next(iter(self.plan.methods.values())).settings)
+        wanted = settings * len(self.plan.protocol.search_seeds)
+        lines = [line for line in self.lines.values() if self.settled(line.id)]
+        return winners(lines, wanted, tasks, self.plan.protocol.select_by)
+
+    def waiting(self, only: str | None = None) -> list[Trial]:
+        """Trials to start, most urgent first."""
+        found = [trial for trial in self.trials() if trial.id not in self.started and not self.settled(trial.id)]
+        if only is None:
+            return found
+        known = {trial.id: trial for trial in self.trials()}
+        if only not in known:
+            raise StateError(
+                f"the plan has no such trial yet (got {only!r}, it has {len(known)}, such as {next(iter(known))!r}); "
+                "finals and curves exist once their search is finished"
+            )
+        return [trial for trial in found if trial.id == only]
+
+    def _done(self, trial: Trial) -> bool:
+        line = self.lines.get(trial.id)
+        return line is not None and line.status == "done"
+
+    def settled(self, trial: str) -> bool:
+        """Whether the trial of this id is done, or has failed for good."""
+        line = self.lines.get(trial)
+        if line is None or line.status == "done":
+            return line is not None
+        return line.step is not None or self.tries[trial] > self.retries
+
+    def _keep(self, trial: Trial, outcome: Outcome, display: Display) -> None:
+        self.started.discard(trial.id)
+        self.tries[trial.id] += 1
+        line = outcome if isinstance(outcome, ResultLine) else _failed(trial, self.plan.digest, outcome)
+        append_line(self.out / RESULTS, line)
+        self.lines[trial.id], self._known = line, None
+        display.finished(line)
+
+    def _check(self) -> None:
+        if self.out.is_file():
+            raise StateError(f"the output folder is a file (got {str(self.out)!r}); choose another --out")
+        digest = self.out / DIGEST
+        if digest.is_file():
+            found = digest.read_text(encoding="utf-8").strip()
+            if found != self.plan.digest:
+                raise StateError(
+                    f"the folder holds the results of another plan (got {str(self.out)!r} of plan {found}, this one is "
+                    f"{self.plan.digest}); choose another --out, or give the plan that lies in it ({PLAN})"
+                )
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise StateError(f"the folder holds other files (got {str(self.out)!r}); choose another --out")
+
+
+class Display:
+    """Progress on standard error: one line that moves on a terminal, else one now and then; failures stay."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.seconds, self.ended = total, 0.0, 0
+        self.terminal = sys.stderr.isatty()
+        self.last = 0.0
+
+    def finished(self, line: ResultLine) -> None:
+        """A trial ended."""
+        self.ended += 1
+        self.seconds += line.seconds
+        if line.status != "done":
+            self._write(f"failed: {line.id}: {line.error}", end="\n")
+
+    def show(self, sweep: Sweep, pool: Pool) -> None:
+        """Where the sweep stands."""
+        now = time.monotonic()
+        if now - self.last < (0.5 if self.terminal else 30.0):
+            return
+        self.last = now
+        trials = sweep.trials()
+        done = sum(1 for trial in trials if sweep.settled(trial.id))
+        running = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in pool.running)
+        left = ""
+        if self.ended:
+            jobs = max(len(pool.running) + pool.free, 1)
+            minutes = self.seconds / self.ended * (len(trials) - done) / jobs / 60
+            left = f", {minutes:.0f} min left for these"
+        self._write(f"{done}/{len(trials)} trials{left}; {running}", end="" if self.terminal else "\n")
+
+    def _write(self, text: str, end: str) -> None:
+        print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Two sweeps in one folder would run the same trials twice."""
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(
+                f"another sweep is running in the folder (got {str(out)!r}); wait for it, or choose another --out"
+            ) from None
+        yield
+
+
+def _failed(trial: Trial, plan: str, error: str) -> ResultLine:
+    return ResultLine(
+        id=trial.id,
+        plan=plan,
+        stage=trial.stage,
+        task=trial.task,
+        method=trial.method,
+        seed=trial.seed,
+        status="failed",
+        dataset=str(trial.config.task),
+        train_size=trial.train_size,
+        setting=dict(trial.setting),
+        rank=trial.config.rank,
+        error=error,
+    )
+
+
+def local_pool(plan: Plan, jobs: int, threads: int | None, command: str) -> Pool:
+    """Processes on this machine; threads default to an equal share of its processors."""
+    count = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
+    return Workers(jobs, count, plan.digest, command)

@@ -1,0 +1,84 @@
+"""The protocol's choices: rows to fit and to choose on, the epoch of a run, the setting of a method."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import DataError
+from ..data import Row
+from ..tasks import Task
+from .lines import ResultLine
+from .plan import SEARCH, Protocol, Winners
+
+_SUBSET, _HALF = 1, 2
+"""What a permutation is for: part of its seed."""
+
+
+def split_rows(
+    train: Sequence[Row], dev: Sequence[Row], size: int | None, protocol: Protocol, seed: int
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """(to fit on, to choose on, to report) of one seed. Smaller subsets of a seed are contained in its larger ones.
+
+    Chosen on are training rows that no subset of this seed contains, or one fixed half of the development rows; reported
+    are development rows that nothing was chosen on.
+
+    Raises:
+        DataError: too few rows.
+    """
+    order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
+    wanted = protocol.select_rows
+    if protocol.select_from == "dev":
+        halves = np.random.default_rng([_HALF]).permutation(len(dev))
+        half = len(dev) // 2
+        fit = order[:size]
+        choose, report = [dev[n] for n in halves[:half][:wanted]], [dev[n] for n in sorted(halves[half:])]
+    else:
+        size = len(train) - wanted if size is None else size
+        if size < 1 or size + wanted > len(train):
+            raise DataError(
+                f"too few training rows to fit and to choose on (got {len(train)}, wanted {size} and {wanted}); lower "
+                "train_size or select_rows"
+            )
+        fit = order[:size]
+        choose, report = [train[n] for n in order[len(train) - wanted :]], list(dev)
+    return [train[n] for n in fit], choose, report
+
+
+def score(figures: Mapping[str, float], task: Task, by: str) -> float:
+    """A score where more is better."""
+    if by == "loss":
+        return -figures["loss"]
+    value = figures[task.metric if by == "metric" else by]
+    return -value if by in ("metric", task.metric) and task.lower_is_better else value
+
+
+def chosen_epoch(history: Sequence[Mapping[str, Any]], task: Task, by: str) -> int:
+    """Index of the best selection score; of equals the one with the lower selection loss, then the earlier."""
+    selected = [entry["select"] for entry in history]
+    return max(range(len(selected)), key=lambda n: (score(selected[n], task, by), -selected[n]["loss"], -n))
+
+
+def winners(lines: Iterable[ResultLine], wanted: int, tasks: Mapping[str, Task], by: str) -> Winners:
+    """The setting with the best mean selection score of every (task, method) whose search is finished.
+
+    ``wanted``: settings x search seeds. A setting of which a run failed cannot win, unless all failed.
+    """
+    cells: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for line in lines:
+        if line.stage != SEARCH:
+            continue
+        number = int(line.id.split("/")[2])
+        counts[line.task, line.method] += 1
+        failed = line.status != "done"
+        value = float("-inf") if failed else score(line.history[line.chosen]["select"], tasks[line.task], by)
+        cells[line.task, line.method][number].append(value)
+    return {
+        cell: max(settings, key=lambda number: (float(np.mean(settings[number])), -number))
+        for cell, settings in cells.items()
+        if counts[cell] == wanted
+    }

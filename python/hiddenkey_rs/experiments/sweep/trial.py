@@ -1,0 +1,226 @@
+"""One trial: fit on a subset, look at every epoch at what was held back, and leave one line."""
+
+from __future__ import annotations
+
+import functools
+import math
+import resource
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+from ...train import HiddenKeyTrainer
+from ..controls import drop_ranks, set_stock_rate
+from ..data import Splits, task_splits
+from ..demo_data import demo_splits
+from ..features import Example, collator, tokenise
+from ..models import add_lora, load_model, quiet_libraries
+from ..outcomes import Outcomes, outcomes
+from ..provenance import commit, processor, versions
+from ..run_config import RunConfig
+from ..tasks import TASKS, Task
+from .lines import ResultLine, pack_examples
+from .plan import Trial
+from .selection import chosen_epoch, score, split_rows
+
+_PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
+
+
+class Diverged(Exception):
+    """A loss that is no number, at this optimiser step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training diverged at step {step}")
+        self.step = step
+
+
+def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None) -> ResultLine:
+    """Run a trial to its line. A loss that becomes NaN is a line with ``status="failed"`` and the step.
+
+    Args:
+        trial: what to run. plan: the plan's digest. command: how to run this trial alone, for the record.
+        threads: of torch; default: as it is.
+
+    Raises:
+        HiddenKeyError: data or model that are missing or do not fit.
+    """
+    started = time.perf_counter()
+    _settle(threads)
+    task = TASKS[str(trial.config.task)]
+    model, parts, collate = _prepare(trial, task)
+    watcher = _Watcher(trial, task, model, parts, collate)
+    trainer = _trainer(trial.config, model, parts["train"], collate, watcher)
+    failure: Diverged | None = None
+    try:
+        trainer.train()
+    except Diverged as diverged:
+        failure = diverged
+    finally:
+        trainer.handle.detach()
+    history, steps = watcher.history, max(trainer.state.global_step, 1)
+    return ResultLine(
+        id=trial.id,
+        plan=plan,
+        stage=trial.stage,
+        task=trial.task,
+        dataset=task.name,
+        train_size=len(parts["train"]),
+        method=trial.method,
+        setting=dict(trial.setting),
+        rank=trial.config.rank,
+        seed=trial.seed,
+        status="done" if failure is None else "failed",
+        error=None if failure is None else str(failure),
+        step=None if failure is None else failure.step,
+        metric=task.metric,
+        lower_is_better=task.lower_is_better,
+        history=history,
+        chosen=chosen_epoch(history, task, trial.protocol.select_by) if history else 0,
+        examples={} if failure else {"chosen": _packed(watcher.best), "last": _packed(watcher.last)},
+        seconds=round(time.perf_counter() - started, 3),
+        seconds_per_step=round(watcher.training_seconds / steps, 6),
+        peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        examples_per_second=round(steps * trial.config.batch_size / max(watcher.training_seconds, 1e-9), 3),
+        realised_rates={site: round(rate, 6) for site, rate in trainer.handle.realised().items()},
+        config=_changed(trial.config),
+        command=command,
+        versions=versions(_PACKAGES),
+        machine=f"{processor()}, {torch.get_num_threads()} thread(s)",
+        commit=commit(),
+    )
+
+
+class _Watcher(TrainerCallback):
+    """Looks at the held-back rows after every epoch, and stops a run whose loss is no number."""
+
+    def __init__(
+        self, trial: Trial, task: Task, model: Any, parts: dict[str, list[Example]], collate: Callable[..., Any]
+    ) -> None:
+        self.trial, self.task, self.model, self.parts, self.collate = trial, task, model, parts, collate
+        self.history: list[dict[str, Any]] = []
+        self.best: Outcomes | None = None
+        self.last: Outcomes | None = None
+        self.top: tuple[float, float] = (-math.inf, -math.inf)
+        self.training_seconds = 0.0
+        self.clock = time.perf_counter()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.clock = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """A loss that is no number ends the trial."""
+        if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
+            raise Diverged(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
+        self.training_seconds += time.perf_counter() - self.clock
+        config = self.trial.config
+        rows = config.train_eval_rows or len(self.parts["train"])
+        found = {}
+        for name, part in self.parts.items():
+            examples = part[:rows] if name == "train" else part
+            found[name] = outcomes(
+                self.model, examples, self.task, self.collate, config.eval_batch_size, bf16=config.bf16
+            )
+        figures = {name: _rounded(result.figures(self.task)) for name, result in found.items()}
+        if not all(math.isfinite(entry["loss"]) for entry in figures.values()):
+            raise Diverged(state.global_step)
+        self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
+        self.last = found["report"]
+        place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
+        if place > self.top:
+            self.top, self.best = place, self.last
+        self.clock = time.perf_counter()
+
+
+@functools.lru_cache(maxsize=1)
+def _splits(task: str, data: str | None) -> Splits:
+    """One task's rows are read once for all of a process' trials on it."""
+    return demo_splits(seed=0) if task == "demo" else task_splits(TASKS[task], str(data))
+
+
+def _prepare(trial: Trial, task: Task) -> tuple[Any, dict[str, list[Example]], Callable[..., Any]]:
+    config, controls = trial.config, trial.controls
+    splits = _splits(task.name, config.data)
+    fit, choose, report = split_rows(splits.train, splits.dev, trial.train_size, trial.protocol, trial.seed)
+    model, tokenizer = load_model(config.model, task, config.seed)
+    if controls.stock_rate is not None:
+        set_stock_rate(model, controls.stock_rate)
+    length = config.max_length or task.max_length
+    parts = {
+        name: tokenise(rows, task, tokenizer, length, model.config.is_encoder_decoder)
+        for name, rows in (("train", fit), ("select", choose), ("report", report))
+    }
+    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
+    model = add_lora(model, task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed)
+    if controls.rank_dropout:
+        drop_ranks(model, controls.rank_dropout)
+    return model, parts, collator(tokenizer, task.kind)
+
+
+def _trainer(config: RunConfig, model: Any, train: list[Example], collate: Any, watcher: _Watcher) -> Any:
+    steps = config.epochs * math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulation)
+    trainer = HiddenKeyTrainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir="unused",  # nothing is saved
+            save_strategy="no",
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.accumulation,
+            num_train_epochs=config.epochs,
+            learning_rate=config.lr,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=math.ceil(config.warmup * steps),
+            weight_decay=config.weight_decay,
+            label_smoothing_factor=config.label_smoothing,
+            logging_steps=config.log_every,
+            logging_nan_inf_filter=False,
+            seed=config.seed,
+            data_seed=config.seed,
+            bf16=config.bf16,
+            use_cpu=not torch.cuda.is_available(),  # without it bfloat16 is refused on a CPU
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        ),
+        train_dataset=train,
+        data_collator=collate,
+        config=config.drops(),
+        stock_dropout="keep" if watcher.trial.controls.stock_rate is not None else config.stock,
+        callbacks=[watcher],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _settle(threads: int | None) -> None:
+    quiet_libraries()
+    warnings.filterwarnings("ignore", message="the model keeps its own dropout")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _packed(found: Outcomes | None) -> dict[str, str | None]:
+    if found is None:
+        return {"correct": None, "loss": ""}
+    return pack_examples(found.correct, found.loss)
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}
+
+
+def _changed(config: RunConfig) -> dict[str, Any]:
+    """The choices that are not defaults."""
+    values = config.to_dict()
+    return {f.name: values[f.name] for f in fields(config) if values[f.name] != f.default and f.name != "data"}

@@ -1,0 +1,116 @@
+"""Processes that run trials one after the other: libraries are imported and rows are read once a process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+from ...errors import HiddenKeyError
+from .lines import ResultLine
+from .plan import Trial
+
+Outcome = ResultLine | str
+"""A trial's line, or why there is none."""
+
+
+class Workers:
+    """``jobs`` processes. A process that dies takes its trial with it and is replaced; nothing else is lost.
+
+    Args:
+        jobs: processes. threads: of torch, in each. plan: the plan's digest, for the lines. command: its first words.
+    """
+
+    def __init__(self, jobs: int, threads: int, plan: str, command: str) -> None:
+        self._arguments = (threads, plan, command)
+        self._context = multiprocessing.get_context("spawn")
+        self._idle: list[_Worker] = [self._new() for _ in range(jobs)]
+        self._busy: dict[Connection, tuple[_Worker, Trial, float]] = {}
+
+    @property
+    def free(self) -> int:
+        """How many processes wait for a trial."""
+        return len(self._idle)
+
+    @property
+    def running(self) -> list[tuple[str, float]]:
+        """(id, seconds so far) of every running trial."""
+        now = time.monotonic()
+        return [(trial.id, now - since) for _, trial, since in self._busy.values()]
+
+    def submit(self, trial: Trial) -> None:
+        """Hand a trial to an idle process."""
+        worker = self._idle.pop()
+        worker.connection.send(trial)
+        self._busy[worker.connection] = (worker, trial, time.monotonic())
+
+    def finished(self, timeout: float) -> Iterator[tuple[Trial, Outcome]]:
+        """Trials that finished within ``timeout`` seconds."""
+        for connection in wait(list(self._busy), timeout):
+            worker, trial, _ = self._busy.pop(cast(Connection, connection))
+            try:
+                outcome: Outcome = worker.connection.recv()
+                self._idle.append(worker)
+            except (EOFError, OSError):
+                worker.process.join()
+                outcome = f"the process ended with exit code {worker.process.exitcode}"
+                self._idle.append(self._new())
+            yield trial, outcome
+
+    def close(self) -> None:
+        """End all processes, at once; what they were running leaves no line."""
+        for worker in [*self._idle, *(worker for worker, _, _ in self._busy.values())]:
+            worker.process.terminate()
+            worker.process.join()
+
+    def _new(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+        # OpenMP reads this when torch is imported, long before anyone could call torch.set_num_threads.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(self._arguments[0])
+        try:
+            process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()
+        return _Worker(process, ours)
+
+
+class _Worker:
+    def __init__(self, process: Any, connection: Connection) -> None:
+        self.process, self.connection = process, connection
+
+
+def _work(connection: Connection, threads: int, plan: str, command: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    from .trial import run_trial
+
+    while True:
+        try:
+            trial = connection.recv()
+        except EOFError:
+            return
+        try:
+            outcome: Outcome = run_trial(trial, plan, f"{command} --only {trial.id}", threads)
+        except HiddenKeyError as error:
+            outcome = " ".join(str(error).split())
+        except Exception as error:  # whatever a library raises is this trial's failure and no other's
+            outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        connection.send(outcome)
+
+
+def _end_with(parent: int) -> None:
+    """A sweep that was killed leaves no process behind that goes on for an hour."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,157 @@
+"""Plans: what is wrong is found before anything runs, with its line; trials are what the protocol says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hiddenkey_rs as hk
+from hiddenkey_rs.experiments.sweep.plan import Protocol
+from hiddenkey_rs.experiments.sweep.reading import load_plan
+from hiddenkey_rs.experiments.sweep.selection import chosen_epoch, score, split_rows
+from hiddenkey_rs.experiments.tasks import TASKS
+
+PLAN = """\
+name: p
+protocol: {select_rows: 20, search_seeds: [0, 1], final_seeds: [5, 6]}
+base: {model: gpt2-tiny, epochs: 1}
+tasks:
+  small: {task: demo, train_size: 30}
+  large: {task: demo, train_size: 60, epochs: 2}
+methods:
+  none: {preset: none, settings: [{lr: 1.0e-3}, {lr: 2.0e-3}]}
+  dropped: {preset: none, rate_field: lora_dropout, final_seeds: 1, settings: [{lora_dropout: 0.1}, {lora_dropout: 0.2}]}
+  stock: {preset: none, settings: [{stock_rate: 0.1}, {rank_dropout: 0.2}]}
+comparisons: {baselines: [none], against: [dropped]}
+curves:
+  rates: {vary: rate, values: [0.3, 0.4], methods: [dropped], tasks: [small], seeds: [0]}
+"""
+
+
+def write(tmp_path: Path, text: str) -> str:
+    file = tmp_path / "plan.yaml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_every_method_gets_every_seed_of_every_task(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path, PLAN))
+    trials = plan.search()
+    assert len(trials) == len({trial.id for trial in trials}) == 2 * 3 * 2 * 2
+    assert trials[0].id == "small/none/0/0/search"
+    by_id = {trial.id: trial for trial in trials}
+    one = by_id["large/dropped/1/1/search"]
+    assert (one.config.lora_dropout, one.config.seed, one.config.epochs, one.train_size) == (0.2, 1, 2, 60)
+    assert by_id["small/stock/0/0/search"].controls.stock_rate == 0.1
+    assert by_id["small/stock/1/0/search"].controls.rank_dropout == 0.2
+    assert by_id["small/none/1/0/search"].config.lr == 2e-3
+
+
+def test_finals_and_curves_follow_the_winners(tmp_path: Path) -> None:
+    plan = load_plan(write(tmp_path, PLAN))
+    chosen = {("small", "none"): 1, ("small", "dropped"): 0}
+    # `dropped` asks for one final seed only; seeds come first, so that methods can be compared at any time
+    assert [trial.id for trial in plan.final(chosen)] == [
+        "small/none/1/5/final",
+        "small/dropped/0/5/final",
+        "small/none/1/6/final",
+    ]
+    curve = plan.along_curves(chosen)
+    assert [trial.id for trial in curve] == ["small/dropped/rate=0.3/0/grid", "small/dropped/rate=0.4/0/grid"]
+    assert [trial.config.lora_dropout for trial in curve] == [0.3, 0.4]
+
+
+def test_seeds_and_curves_may_be_added_to_a_plan_with_results(tmp_path: Path) -> None:
+    digest = load_plan(write(tmp_path, PLAN)).digest
+    more = PLAN.replace("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]").partition("curves:")[0]
+    assert load_plan(write(tmp_path, more)).digest == digest
+    for old, new in (("1.0e-3", "3.0e-3"), ("train_size: 30", "train_size: 31"), ("select_rows: 20", "select_rows: 21")):
+        assert load_plan(write(tmp_path, PLAN.replace(old, new))).digest != digest
+
+
+BAD = [
+    ("name: p", "nmae: p", r"unknown key in the plan 'nmae' \(got .*line 1\); did you mean 'name'"),
+    ("select_rows: 20", "select_rows: 0", r"select_rows is 0 \(got .*line 2\)"),
+    ("search_seeds: [0, 1]", "search_seeds: [0, 0]", r"protocol.search_seeds is no list of different seeds .*line 2"),
+    ("search_seeds: [0, 1]", "select_by: matthews", r"the metric 'matthews' does not fit the task small .*line 2"),
+    ("search_seeds: [0, 1]", "select_from: test", r"unknown select_from 'test' .*line 2"),
+    ("epochs: 1}", "epoch: 1}", r"unknown key in base 'epoch' .*line 3\); did you mean 'epochs'"),
+    ("task: demo, train_size: 30", "task: dmeo", r"unknown task 'dmeo' .*line 5"),
+    ("train_size: 30", "train_size: 0", r"train_size is 0 .*line 5"),
+    ("{stock_rate: 0.1}, ", "", r"stock searches 1 settings and none 2 .*line 10.*same budget"),
+    ("settings: [{stock_rate: 0.1}, {rank_dropout: 0.2}]", "settings: []", r"a method has no settings .*line 10"),
+    ("{lora_dropout: 0.2}", "{lora_dropout: 2}", r"lora_dropout must lie in \[0, 1\) \(got 2 in .*line 9\)"),
+    ("preset: none, rate_field", "preset: nnoe, rate_field", r"unknown preset \(got 'nnoe' in .*line 9\)"),
+    ("baselines: [none]", "baselines: [nnoe]", r"unknown key in comparisons.baselines 'nnoe' .*line 11"),
+    ("values: [0.3, 0.4]", "values: []", r"a curve varies nothing .*line 13"),
+    ("values: [0.3, 0.4]", "values: [0.3, 4.0]", r"lora_dropout must lie in .*line 13"),
+    ("base: {", "name: twice\nbase: {", r"a key stands twice \(got 'name' in .*line 3\)"),
+    ("name: p", "name: [", r"the plan is no YAML"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD)
+def test_a_bad_plan_is_refused_with_its_line(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in PLAN
+    with pytest.raises(hk.ConfigError, match=message):
+        load_plan(write(tmp_path, PLAN.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize("part", ["tasks", "methods"])
+def test_an_empty_grid_is_refused(part: str, tmp_path: Path) -> None:
+    head, _, rest = PLAN.partition(f"{part}:\n")
+    rest = rest[rest.index("\n" + ("methods" if part == "tasks" else "comparisons")) :]
+    with pytest.raises(hk.ConfigError, match=f"a plan needs {part}, and this one has none"):
+        load_plan(write(tmp_path, head + f"{part}: {{}}" + rest))
+
+
+def test_a_missing_plan_says_so() -> None:
+    with pytest.raises(hk.ConfigError, match=r"cannot be read \(got 'nowhere.yaml': No such file"):
+        load_plan("nowhere.yaml")
+
+
+ROWS = [{"n": n} for n in range(100)]
+DEV = [{"n": -n} for n in range(1, 41)]
+
+
+def test_subsets_are_nested_and_share_nothing_with_what_is_chosen_on() -> None:
+    protocol = Protocol(select_rows=20)
+    numbers = {}
+    for size in (10, 40, 80):
+        fit, choose, report = split_rows(ROWS, DEV, size, protocol, seed=3)
+        numbers[size] = [row["n"] for row in fit]
+        assert len(fit) == size
+        assert len(choose) == 20
+        assert not {row["n"] for row in fit} & {row["n"] for row in choose}
+        assert report == DEV
+    assert numbers[80][:40] == numbers[40]
+    assert numbers[40][:10] == numbers[10]
+    other, _, _ = split_rows(ROWS, DEV, 10, protocol, seed=4)
+    assert [row["n"] for row in other] != numbers[10]
+    whole, choose, _ = split_rows(ROWS, DEV, None, protocol, seed=3)
+    assert len(whole) == 80
+    with pytest.raises(hk.DataError, match=r"too few training rows .*got 100, wanted 81 and 20"):
+        split_rows(ROWS, DEV, 81, protocol, seed=3)
+
+
+def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
+    protocol = Protocol(select_rows=500, select_from="dev")
+    _, choose, report = split_rows(ROWS, DEV, 10, protocol, seed=0)
+    _, again, same = split_rows(ROWS, DEV, 10, protocol, seed=9)
+    assert choose == again
+    assert report == same
+    assert len(choose) == len(report) == 20
+    assert not {row["n"] for row in choose} & {row["n"] for row in report}
+
+
+def test_the_epoch_is_the_best_on_the_selection_rows() -> None:
+    def entry(accuracy: float, loss: float) -> dict[str, dict[str, float]]:
+        return {"select": {"accuracy": accuracy, "loss": loss}, "report": {"accuracy": 1 - accuracy, "loss": 0.0}}
+
+    history = [entry(0.5, 0.6), entry(0.7, 0.5), entry(0.7, 0.4), entry(0.7, 0.4), entry(0.6, 0.1)]
+    assert chosen_epoch(history, TASKS["demo"], "metric") == 2
+    assert chosen_epoch(history, TASKS["demo"], "loss") == 4
+    assert score({"perplexity": 3.0, "loss": 1.0}, TASKS["e2e"], "metric") == -3.0
+    assert np.isfinite(score({"accuracy": 0.5, "loss": 1.0}, TASKS["demo"], "accuracy"))

@@ -1,0 +1,255 @@
+"""Sweeps: what has a line is not run again, failures stay and are tried again, finals wait for their search."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hiddenkey_rs as hk
+from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
+from hiddenkey_rs.experiments.sweep.plan import Plan, Trial
+from hiddenkey_rs.experiments.sweep.reading import load_plan
+from hiddenkey_rs.experiments.sweep.runner import RESULTS, Sweep
+
+PLAN = """\
+name: p
+protocol: {select_rows: 20, search_seeds: [0, 1], final_seeds: [5, 6]}
+base: {model: gpt2-tiny, epochs: 1}
+tasks:
+  small: {task: demo, train_size: 30}
+methods:
+  none: {preset: none, settings: [{lr: 1.0e-3}, {lr: 2.0e-3}]}
+  dropped: {preset: none, settings: [{lora_dropout: 0.1}, {lora_dropout: 0.2}]}
+"""
+
+
+def line(trial: Trial, score: float = 0.5, status: str = "done", step: int | None = None) -> ResultLine:
+    entry = {"epoch": 1, "step": 1, "select": {"accuracy": score, "loss": 1 - score}}
+    history = [entry] if status == "done" else []
+    return ResultLine(
+        id=trial.id, plan="x", stage=trial.stage, task=trial.task, method=trial.method, seed=trial.seed, status=status,
+        history=history, step=step, seconds=1.0,
+    )  # fmt: skip
+
+
+class FakePool:
+    """Runs trials by a function, ``jobs`` at a time; what the function raises ends the sweep as a kill would."""
+
+    def __init__(self, outcome: Callable[[Trial], ResultLine | str], jobs: int = 2) -> None:
+        self.outcome, self.jobs = outcome, jobs
+        self.queue: list[Trial] = []
+        self.order: list[str] = []
+        self.closed = False
+
+    @property
+    def free(self) -> int:
+        return self.jobs - len(self.queue)
+
+    @property
+    def running(self) -> list[tuple[str, float]]:
+        return [(trial.id, 0.0) for trial in self.queue]
+
+    def submit(self, trial: Trial) -> None:
+        assert self.free
+        self.queue.append(trial)
+        self.order.append(trial.id)
+
+    def finished(self, timeout: float) -> Iterator[tuple[Trial, ResultLine | str]]:
+        trial = self.queue.pop(0)
+        yield trial, self.outcome(trial)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def plan_in(tmp_path: Path) -> Plan:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return load_plan(tmp_path / "plan.yaml")
+
+
+def sweep_in(tmp_path: Path, **options: int) -> Sweep:
+    return Sweep(plan_in(tmp_path), PLAN, tmp_path / "out", **options)
+
+
+def better_second(trial: Trial) -> ResultLine:
+    return line(trial, 0.9 if "/1/" in trial.id else 0.6)
+
+
+def test_finals_are_the_winners_on_every_final_seed(tmp_path: Path) -> None:
+    sweep, pool = sweep_in(tmp_path), FakePool(better_second)
+    assert sweep.run(lambda: pool) == 0
+    assert pool.closed
+    assert len(pool.order) == len(set(pool.order)) == 8 + 4
+    finals = [name for name in pool.order if name.endswith("/final")]
+    assert finals == [f"small/{method}/1/{seed}/final" for seed in (5, 6) for method in ("none", "dropped")]
+    assert sweep.winners() == {("small", "none"): 1, ("small", "dropped"): 1}
+
+
+def test_nothing_is_run_twice_and_a_kill_loses_nothing(tmp_path: Path) -> None:
+    count = 0
+
+    def dying(trial: Trial) -> ResultLine:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return better_second(trial)
+
+    first = FakePool(dying)
+    with pytest.raises(KeyboardInterrupt):
+        sweep_in(tmp_path).run(lambda: first)
+    assert first.closed
+    kept = {entry.id for entry in read_lines(tmp_path / "out" / RESULTS)}
+    assert len(kept) == 3
+    second = FakePool(better_second)
+    assert sweep_in(tmp_path).run(lambda: second) == 0
+    assert not kept & set(second.order)
+    assert len(kept) + len(second.order) == 12
+    third = FakePool(better_second)
+    assert sweep_in(tmp_path).run(lambda: third) == 0
+    assert third.order == []
+
+
+def test_a_failure_is_tried_again_then_kept_and_tried_again_by_the_next_call(tmp_path: Path) -> None:
+    def failing(trial: Trial) -> ResultLine | str:
+        return "out of memory" if trial.id == "small/none/0/1/search" else better_second(trial)
+
+    pool = FakePool(failing)
+    sweep = sweep_in(tmp_path, retries=2)
+    assert sweep.run(lambda: pool) == 1
+    assert pool.order.count("small/none/0/1/search") == 3
+    kept = {entry.id: entry for entry in read_lines(tmp_path / "out" / RESULTS)}
+    assert kept["small/none/0/1/search"].status == "failed"
+    assert kept["small/none/0/1/search"].error == "out of memory"
+    again = FakePool(better_second)
+    assert sweep_in(tmp_path).run(lambda: again) == 0
+    assert again.order == ["small/none/0/1/search"]
+
+
+def test_a_setting_that_diverges_cannot_win_and_is_not_run_again(tmp_path: Path) -> None:
+    def diverging(trial: Trial) -> ResultLine:
+        bad = trial.id.startswith("small/none/1/0")
+        return line(trial, status="failed", step=7) if bad else better_second(trial)
+
+    pool = FakePool(diverging)
+    sweep = sweep_in(tmp_path)
+    assert sweep.run(lambda: pool) == 1
+    assert pool.order.count("small/none/1/0/search") == 1
+    assert sweep.winners() == {("small", "none"): 0, ("small", "dropped"): 1}
+
+
+def test_no_final_starts_before_its_search_is_settled(tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def slow_to_succeed(trial: Trial) -> ResultLine | str:
+        tried.append(trial.id)
+        if trial.id == "small/none/1/1/search" and tried.count(trial.id) == 1:
+            return "lost"
+        return better_second(trial)
+
+    pool = FakePool(slow_to_succeed, jobs=1)
+    assert sweep_in(tmp_path).run(lambda: pool) == 0
+    first_final = next(n for n, name in enumerate(pool.order) if name.startswith("small/none") and "final" in name)
+    last_search = max(n for n, name in enumerate(pool.order) if name == "small/none/1/1/search")
+    assert last_search < first_final
+
+
+def test_a_slice_of_time_starts_nothing_more(tmp_path: Path) -> None:
+    pool = FakePool(better_second)
+    assert sweep_in(tmp_path).run(lambda: pool, slice_seconds=-1.0) == 8
+    assert pool.order == []
+
+
+def test_one_trial_alone(tmp_path: Path) -> None:
+    pool = FakePool(better_second)
+    sweep_in(tmp_path).run(lambda: pool, only="small/none/0/0/search")
+    assert pool.order == ["small/none/0/0/search"]
+    with pytest.raises(hk.StateError, match=r"no such trial yet \(got 'small/none/1/5/final'"):
+        sweep_in(tmp_path).run(lambda: FakePool(better_second), only="small/none/1/5/final")
+
+
+def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    sweep_in(tmp_path).run(lambda: FakePool(better_second))
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("train_size: 30", "train_size: 31"))
+    with pytest.raises(hk.StateError, match="results of another plan"):
+        Sweep(load_plan(tmp_path / "plan.yaml"), PLAN, tmp_path / "out")
+    with pytest.raises(hk.StateError, match="holds other files"):
+        Sweep(plan_in(tmp_path), PLAN, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(hk.StateError, match="is a file"):
+        Sweep(plan_in(tmp_path), PLAN, tmp_path / "file")
+
+
+def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
+    def second(trial: Trial) -> ResultLine:
+        with pytest.raises(hk.StateError, match="another sweep is running"):
+            sweep_in(tmp_path).run(lambda: FakePool(better_second))
+        return better_second(trial)
+
+    sweep_in(tmp_path).run(lambda: FakePool(second))
+
+
+def test_lines_come_back_as_they_were_and_torn_ones_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = plan_in(tmp_path).search()[0]
+    correct, loss = np.array([True, False, True]), np.array([0.125, 2.0, 0.5])
+    whole = dataclasses.replace(line(trial), examples={"chosen": pack_examples(correct, loss)})
+    file = tmp_path / RESULTS
+    append_line(file, whole)
+    append_line(file, dataclasses.replace(whole, seed=9))
+    found = read_lines(file)
+    assert [entry.seed for entry in found] == [9]  # the last of equal ids
+    bits, losses = per_example(found[0], "chosen")
+    assert bits is not None
+    np.testing.assert_array_equal(bits, correct)
+    np.testing.assert_array_equal(losses, loss)
+    with pytest.raises(hk.DataError, match="holds no outcomes of rows"):
+        per_example(found[0], "last")
+    with file.open("a") as out:
+        out.write('{"id": "torn')
+    assert len(read_lines(file)) == 1
+    assert "torn" in capsys.readouterr().err
+    append_line(file, dataclasses.replace(whole, id="after"))
+    assert [entry.id for entry in read_lines(file)] == [trial.id, "after"]
+    for bad, message in (("[1]", "no object"), ('{"id": "x"}', "lacks"), ("{nonsense}", "is no JSON")):
+        file.write_text(bad + "\n")
+        with pytest.raises(hk.DataError, match=rf"line 1.*{message}|{message}.*line 1"):
+            read_lines(file)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_survives_a_kill(tmp_path: Path) -> None:
+    """The command, killed in the middle (no process stays behind), then run to its end."""
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("search_seeds: [0, 1]", "search_seeds: [0]"))
+    command = [sys.executable, "-m", "hiddenkey_rs", "sweep", "plan.yaml", "--out", "out", "--jobs", "1"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    results = tmp_path / "out" / RESULTS
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not results.is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {entry.id for entry in read_lines(results)}
+    assert kept
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 of 8 trials done" in done.stdout
+    lines = read_lines(results)
+    assert len(lines) == 8
+    assert all(entry.status == "done" and entry.history[0]["report"]["ece"] >= 0 for entry in lines)
+    bits, losses = per_example(lines[0], "last")
+    assert bits is not None
+    figures = lines[0].history[-1]["report"]
+    assert figures["accuracy"] == pytest.approx(bits.mean(), abs=1e-6)
+    assert figures["loss"] == pytest.approx(losses.mean(), abs=1e-3)
