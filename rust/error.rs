@@ -44,6 +44,66 @@ pub enum Error {
         /// Places needed (saturating).
         wanted: u128,
     },
+    /// An epoch of nothing.
+    Empty,
+    /// A sample that does not fit a batch's tokens.
+    Budget {
+        /// The sample.
+        sample: u64,
+        /// Its length.
+        length: u64,
+        /// Tokens that a batch may have.
+        budget: u64,
+    },
+    /// A row's capacity is 0, or beyond what a histogram of lengths holds.
+    Capacity(u64),
+    /// More documents, or pieces of documents, than are packed at once.
+    Pieces(u64),
+    /// A document's length is below 0.
+    NegativeLength {
+        /// Its number.
+        document: usize,
+        /// Its length.
+        length: i64,
+    },
+    /// A document does not fit into a row.
+    TooLong {
+        /// Its number.
+        document: usize,
+        /// Its length.
+        length: u64,
+        /// A row's.
+        capacity: u64,
+    },
+    /// A row number that is none of the store's (and is not -1, a padding row).
+    Row {
+        /// The number.
+        row: i64,
+        /// How many rows there are.
+        rows: usize,
+    },
+    /// A row's offsets go backwards, or point beyond the values.
+    Offsets {
+        /// The row.
+        row: i64,
+        /// Where it starts.
+        start: i64,
+        /// Where it ends.
+        end: i64,
+        /// How many values there are.
+        values: usize,
+    },
+    /// A token id that the model does not know.
+    Token {
+        /// The row that holds it.
+        row: i64,
+        /// Where in the row.
+        position: usize,
+        /// The id.
+        token: i64,
+        /// How many ids there are.
+        vocabulary: i64,
+    },
     /// No such instruction set, or not on this processor.
     Simd(String),
     /// The caller asked to stop.
@@ -69,6 +129,42 @@ impl fmt::Display for Error {
             Error::Memory { given, wanted } => {
                 write!(f, "memory and shape disagree (got room for {given} places, not {wanted}); pass arrays that fit")
             }
+            Error::Empty => write!(f, "an epoch has at least one sample (got 0); check that the data set was read"),
+            Error::Budget { sample, length, budget } => write!(
+                f,
+                "a sample is longer than the token budget (got {length} tokens of sample {sample} for {budget}); raise \
+                 token_budget, or shorten the sample"
+            ),
+            Error::Capacity(capacity) => {
+                write!(f, "capacity must lie in 1..=2^24 tokens (got {capacity}); use the model's context length")
+            }
+            Error::Pieces(pieces) => {
+                write!(f, "at most 2^32 - 1 pieces are packed at once (got {pieces}); pack the data set in parts")
+            }
+            Error::NegativeLength { document, length } => {
+                write!(f, "document {document} has a negative length (got {length}); rebuild the offsets")
+            }
+            Error::TooLong { document, length, capacity } => write!(
+                f,
+                "document {document} does not fit into a row of {capacity} tokens (got {length}); raise the capacity, or \
+                 ask for too_long=\"truncate\" or \"split\""
+            ),
+            Error::Row { row, rows } => {
+                write!(
+                    f,
+                    "there is no such row (got {row}, the store has {rows}); pass 0..{rows}, or -1 for a padding row"
+                )
+            }
+            Error::Offsets { row, start, end, values } => write!(
+                f,
+                "the offsets of row {row} go backwards or beyond the values (got {start}..{end} of {values}); rebuild the \
+                 store"
+            ),
+            Error::Token { row, position, token, vocabulary } => write!(
+                f,
+                "row {row} holds a token id outside the vocabulary (got {token} at position {position}, not in \
+                 0..{vocabulary}); tokenise with the model's own tokenizer"
+            ),
             Error::Simd(name) => write!(
                 f,
                 "HIDDENKEY_SIMD names no instruction set of this processor (got {name:?}); use portable, avx2 or avx512, \
@@ -100,6 +196,20 @@ mod tests {
         let words = Error::Words { words: 1, columns: 33, given: 33 };
         assert!(words.to_string().contains("got 1 words of 33 columns a row for 33 places"));
         assert!(Error::Memory { given: 7, wanted: 8 }.to_string().contains("got room for 7 places, not 8"));
+        assert!(Error::Empty.to_string().contains("at least one sample (got 0)"));
+        let budget = Error::Budget { sample: 7, length: 90, budget: 64 };
+        assert!(budget.to_string().contains("got 90 tokens of sample 7 for 64"));
+        assert!(Error::Capacity(0).to_string().contains("got 0"));
+        assert!(Error::Pieces(1 << 32).to_string().contains("got 4294967296"));
+        let negative = Error::NegativeLength { document: 3, length: -1 };
+        assert!(negative.to_string().contains("document 3 has a negative length (got -1)"));
+        let long = Error::TooLong { document: 3, length: 9, capacity: 8 };
+        assert!(long.to_string().contains("document 3 does not fit into a row of 8 tokens (got 9)"));
+        assert!(Error::Row { row: 5, rows: 5 }.to_string().contains("got 5, the store has 5"));
+        let offsets = Error::Offsets { row: 2, start: 9, end: 4, values: 12 };
+        assert!(offsets.to_string().contains("row 2 go backwards or beyond the values (got 9..4 of 12)"));
+        let token = Error::Token { row: 2, position: 1, token: -4, vocabulary: 10 };
+        assert!(token.to_string().contains("row 2 holds a token id outside the vocabulary (got -4 at position 1"));
         assert!(Error::Simd("sse9".into()).to_string().contains("got \"sse9\""));
         assert!(Error::Interrupted.to_string().contains("interrupted"));
     }

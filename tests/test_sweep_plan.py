@@ -132,6 +132,10 @@ def test_subsets_are_nested_and_share_nothing_with_what_is_chosen_on() -> None:
     assert [row["n"] for row in other] != numbers[10]
     whole, choose, _ = split_rows(ROWS, DEV, None, protocol, seed=3)
     assert len(whole) == 80
+    _, _, few = split_rows(ROWS, DEV, 10, Protocol(select_rows=20, report_rows=7), seed=3)
+    _, _, same = split_rows(ROWS, DEV, 10, Protocol(select_rows=20, report_rows=7), seed=4)
+    assert few == same
+    assert len(few) == 7
     with pytest.raises(hk.DataError, match=r"too few training rows .*got 100, wanted 81 and 20"):
         split_rows(ROWS, DEV, 81, protocol, seed=3)
 

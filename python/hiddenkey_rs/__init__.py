@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import losses, masks, ops
     from .attachment import Handle, attach
+    from .batches.pack import Packing, pack
     from .config import (
         PRESETS,
         AttentionDrop,
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
         HiddenKeyConfig,
     )
     from .errors import ConfigError, DataError, HiddenKeyError, StateError, UnsupportedModelError
+    from .loading.collator import Collator
+    from .loading.loader import build_dataloader
+    from .loading.planned import PlanSpec
+    from .loading.sampler import BatchSampler
+    from .loading.store import TokenStore
     from .masks import BitMask, MaskKey, get_num_threads, set_num_threads
     from .plan import StepPlan, plan_step
     from .train import HiddenKeyTrainer, HiddenKeyTrainerMixin
+    from .train.sft import HiddenKeySFTTrainer
 
 _MODULE_OF = {
     **dict.fromkeys(["attach", "Handle"], "attachment"),
@@ -31,16 +38,25 @@ _MODULE_OF = {
         ["PRESETS", "AttentionDrop", "Consistency", "ElementDrop", "HiddenDrop", "HiddenKeyConfig"], "config"
     ),
     **dict.fromkeys(["ConfigError", "DataError", "HiddenKeyError", "StateError", "UnsupportedModelError"], "errors"),
+    **dict.fromkeys(["Packing", "pack"], "batches.pack"),
+    "BatchSampler": "loading.sampler",
+    "Collator": "loading.collator",
+    "PlanSpec": "loading.planned",
+    "build_dataloader": "loading.loader",
+    "TokenStore": "loading.store",
     **dict.fromkeys(["BitMask", "MaskKey", "get_num_threads", "set_num_threads"], "masks"),
     **dict.fromkeys(["StepPlan", "plan_step"], "plan"),
     **dict.fromkeys(["HiddenKeyTrainer", "HiddenKeyTrainerMixin"], "train"),
+    "HiddenKeySFTTrainer": "train.sft",
 }
 _SUBMODULES = ("losses", "masks", "ops")
 
 __all__ = [
     "PRESETS",
     "AttentionDrop",
+    "BatchSampler",
     "BitMask",
+    "Collator",
     "ConfigError",
     "Consistency",
     "DataError",
@@ -49,18 +65,24 @@ __all__ = [
     "HiddenDrop",
     "HiddenKeyConfig",
     "HiddenKeyError",
+    "HiddenKeySFTTrainer",
     "HiddenKeyTrainer",
     "HiddenKeyTrainerMixin",
     "MaskKey",
+    "Packing",
+    "PlanSpec",
     "StateError",
     "StepPlan",
+    "TokenStore",
     "UnsupportedModelError",
     "__version__",
     "attach",
+    "build_dataloader",
     "get_num_threads",
     "losses",
     "masks",
     "ops",
+    "pack",
     "plan_step",
     "set_num_threads",
 ]

@@ -286,6 +286,44 @@ def scatter_rows(
     _core.keep_rows(keep.view(np.uint8), places, out.shape[-1], heads_inside, True, (rows, out))
 
 
+def seen_keys(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """What each query may attend to: its first key, the place behind its last one, and how many, (n, Q, 3).
+
+    ``allowed``: bool (n, 1, Q, K), contiguous. A query without any key has (K, 0, 0).
+    """
+    out = np.empty((len(allowed), allowed.shape[2], 3), np.uint32)
+    _core.seen_keys(allowed.view(np.uint8), out)
+    return out
+
+
+def block_mask(
+    allowed: NDArray[np.bool_],
+    seen: NDArray[np.uint32],
+    keep: NDArray[np.bool_],
+    own: bool,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    forbidden: int,
+    out: NDArray[Any],
+    empty: NDArray[np.bool_],
+) -> tuple[int, int]:
+    """Write the mask of the queries ``rows[0]:rows[1]`` over the keys ``columns[0]:columns[1]`` as numbers to add.
+
+    Args:
+        allowed: bool (1 or B, 1, Q, K). keep: bool (1 or B, H, 1 or Q, K), the drawn mask. Both contiguous.
+        seen: :func:`seen_keys` of ``allowed``; ``columns`` must reach over all that the queries see.
+        own: a query that lost all its keys keeps its own one, if it may, and not all that it may attend to.
+        forbidden: the bits of what is written where a pair is not kept (0 elsewhere).
+        out: flat, (B, H, rows, columns): uint32 or uint16, as wide as the numbers.
+        empty: flat, (B, H, rows): True for a query that sees no key; its row of ``out`` is all 0.
+
+    Returns:
+        How many pairs are kept, and how many queries (of all heads) see no key.
+    """
+    pairs = (allowed.view(np.uint8), seen, keep.view(np.uint8))
+    return _core.block_mask(*pairs, own, rows, columns, forbidden, out, empty.view(np.uint8))
+
+
 def realised(rate: float) -> float:
     """The probability of dropping that masks realise for a rate: its 16-bit threshold / 65536."""
     return threshold(rate) / RATE_LEVELS

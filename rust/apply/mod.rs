@@ -1,9 +1,12 @@
-//! Masks in use on the CPU: dropout of hidden states straight from the generator, and rows of keys and values that stay.
+//! Masks in use on the CPU: dropout of hidden states straight from the generator, and rows of keys and values that stay,
+//! masks of blocks of queries.
 
+mod blocks;
 mod columns;
 mod element;
 mod rows;
 
+pub use blocks::{Bits, Counts, Pairs, Seen, block, seen};
 pub use columns::{Kept, Layout, gather, scatter};
 pub use element::element;
 pub use rows::rows;

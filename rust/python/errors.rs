@@ -15,8 +15,18 @@ pub fn raise(error: Error) -> PyErr {
         Error::Range { name: "sample" | "length" | "position" | "kept rows", .. }
         | Error::Lengths { .. }
         | Error::Words { .. }
-        | Error::Memory { .. } => DataError::new_err(text),
-        Error::Range { .. } | Error::Rate(_) | Error::Scale(_) | Error::Simd(_) => ConfigError::new_err(text),
+        | Error::Empty
+        | Error::Budget { .. }
+        | Error::Memory { .. }
+        | Error::Pieces(_)
+        | Error::NegativeLength { .. }
+        | Error::TooLong { .. }
+        | Error::Row { .. }
+        | Error::Offsets { .. }
+        | Error::Token { .. } => DataError::new_err(text),
+        Error::Range { .. } | Error::Rate(_) | Error::Scale(_) | Error::Simd(_) | Error::Capacity(_) => {
+            ConfigError::new_err(text)
+        }
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
     }
 }

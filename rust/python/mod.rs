@@ -2,14 +2,16 @@
 //!
 //! Results are written into arrays that the caller made: NumPy's allocator knows large pages, and memory can be reused.
 
+mod batch_order;
+mod batch_rows;
 mod errors;
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use numpy::{
-    PyArrayDescrMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadonlyArrayDyn, PyReadwriteArray1,
-    PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+    PyArrayDescrMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadonlyArray4, PyReadonlyArrayDyn,
+    PyReadwriteArray1, PyReadwriteArray3, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -283,6 +285,59 @@ fn keep_rows<'py>(
     }
 }
 
+/// `out`: (n, queries, 3), as [`apply::Seen`].
+#[pyfunction]
+fn seen_keys<'py>(
+    py: Python<'py>,
+    allowed: PyReadonlyArray4<'py, u8>,
+    mut out: PyReadwriteArray3<'py, u32>,
+) -> PyResult<()> {
+    let keys = allowed.shape()[3];
+    let given = out.shape()[2];
+    if given != 3 {
+        return Err(raise(Error::Memory { given, wanted: 3 }));
+    }
+    let (allowed, out) = (allowed.as_slice()?, out.as_slice_mut()?.as_chunks_mut().0);
+    call(py, |run| apply::seen(run, allowed, keys, out))
+}
+
+/// `forbidden`: the bits of -inf. Returns how many pairs are kept and how many rows see no key.
+#[allow(clippy::too_many_arguments)]
+#[pyfunction]
+fn block_mask<'py>(
+    py: Python<'py>,
+    allowed: PyReadonlyArray4<'py, u8>,
+    seen: PyReadonlyArray3<'py, u32>,
+    keep: PyReadonlyArray4<'py, u8>,
+    own: bool,
+    rows: (usize, usize),
+    columns: (usize, usize),
+    forbidden: u32,
+    out: Bound<'py, PyUntypedArray>,
+    mut empty: PyReadwriteArray1<'py, u8>,
+) -> PyResult<(u64, u64)> {
+    let shape = |array: &[usize]| [0, 1, 2, 3].map(|axis| array[axis]);
+    let pairs = apply::Pairs {
+        allowed: apply::Bits { shape: shape(allowed.shape()), bits: allowed.as_slice()? },
+        seen: seen.as_slice()?.as_chunks().0,
+        keep: apply::Bits { shape: shape(keep.shape()), bits: keep.as_slice()? },
+        own,
+    };
+    let block = (rows.0..rows.1, columns.0..columns.1);
+    let empty = empty.as_slice_mut()?;
+    let mut counts = apply::Counts { kept: 0, empty: 0 };
+    if out.dtype().itemsize() == 2 {
+        let mut out: PyReadwriteArray1<'py, u16> = out.extract()?;
+        let out = out.as_slice_mut()?;
+        call(py, |run| apply::block(run, pairs, block, forbidden as u16, out, empty).map(|found| counts = found))?;
+    } else {
+        let mut out: PyReadwriteArray1<'py, u32> = out.extract()?;
+        let out = out.as_slice_mut()?;
+        call(py, |run| apply::block(run, pairs, block, forbidden, out, empty).map(|found| counts = found))?;
+    }
+    Ok((counts.kept, counts.empty))
+}
+
 #[pyfunction]
 fn derive_key(site: SiteWords) -> PyResult<(u32, u32)> {
     let key = key(site).map_err(raise)?;
@@ -316,9 +371,13 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(dropout, module)?)?;
     module.add_function(wrap_pyfunction!(dropout_rows, module)?)?;
     module.add_function(wrap_pyfunction!(keep_rows, module)?)?;
+    module.add_function(wrap_pyfunction!(seen_keys, module)?)?;
+    module.add_function(wrap_pyfunction!(block_mask, module)?)?;
     module.add_function(wrap_pyfunction!(derive_key, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
+    batch_order::register(module)?;
+    batch_rows::register(module)?;
     module.add("STREAM", crate::STREAM)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

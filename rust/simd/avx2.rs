@@ -154,6 +154,11 @@ pub fn count(words: &[u32]) -> u32 {
     loops::count(words)
 }
 
+#[target_feature(enable = "avx2")]
+pub fn widen_ids(x: &[i32], last: i32, out: &mut [i64]) -> bool {
+    loops::widen_ids(x, last, out)
+}
+
 /// Eight bits to eight lanes of all ones or zero.
 #[inline]
 #[target_feature(enable = "avx2")]

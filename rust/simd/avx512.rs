@@ -139,6 +139,11 @@ pub fn count(words: &[u32]) -> u32 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn widen_ids(x: &[i32], last: i32, out: &mut [i64]) -> bool {
+    loops::widen_ids(x, last, out)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32], store: Store) {
     if store == Store::Around && out.as_ptr().addr().is_multiple_of(64) {
         scale_f32::<true>(x, words, scale, out);

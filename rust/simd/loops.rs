@@ -42,3 +42,15 @@ pub fn unpack(words: &[u32], out: &mut [u8]) {
         rest.copy_from_slice(&spread(word)[..rest.len()]);
     }
 }
+
+/// Widen, and look whether all lie in `0..=last`: the sign of `x | last - x` is set exactly where one does not, which needs
+/// no branch.
+#[inline(always)]
+pub fn widen_ids(x: &[i32], last: i32, out: &mut [i64]) -> bool {
+    let mut seen = 0;
+    for (y, &x) in out.iter_mut().zip(x) {
+        seen |= x | last.wrapping_sub(x);
+        *y = i64::from(x);
+    }
+    seen >= 0
+}

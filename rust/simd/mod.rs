@@ -1,4 +1,4 @@
-//! The instruction sets: the same four loops for AVX-512, AVX2 and portable Rust, chosen at run time.
+//! The instruction sets: the same loops for AVX-512, AVX2 and portable Rust, chosen at run time.
 //!
 //! Everything that is `unsafe` in this crate for speed's sake stands in this folder. An [`Engine`] can only be made for
 //! an instruction set that the processor has, which is what makes the calls into the `#[target_feature]` code sound.
@@ -227,6 +227,13 @@ impl Engine {
         dispatch!(self, count(words))
     }
 
+    /// 32-bit integers to 64 bits. False if one of them is not in `0..=last`.
+    #[inline]
+    pub fn widen_ids(self, x: &[i32], last: i32, out: &mut [i64]) -> bool {
+        assert!(x.len() == out.len());
+        dispatch!(self, widen_ids(x, last, out))
+    }
+
     /// `out = keep ? x * scale : 0`, the product in float32 and rounded to nearest even.
     #[inline]
     pub fn apply<F: Float>(self, x: &[F], words: &[u32], scale: f32, out: &mut [F], store: Store) {
@@ -286,6 +293,23 @@ mod tests {
                     prop_assert_eq!(u32::from(byte), words[column / 32] >> (column % 32) & 1);
                 }
                 prop_assert_eq!(engine.count(&words), words.iter().map(|w| w.count_ones()).sum::<u32>());
+            }
+        }
+
+        #[test]
+        fn every_engine_widens(x: Vec<i32>, last in 0..=i32::MAX, at: usize, value in -2..=1i32) {
+            let mut within: Vec<i32> = x.iter().map(|x| x & i32::MAX).map(|x| x.min(last)).collect();
+            if !within.is_empty() {
+                let at = at % within.len();
+                within[at] = if value < 0 { value } else { last.wrapping_add(value) }; // the bounds, and next to them
+            }
+            for engine in engines() {
+                for x in [&x, &within] {
+                    let mut out = vec![7; x.len()];
+                    let known = engine.widen_ids(x, last, &mut out);
+                    prop_assert_eq!(known, x.iter().all(|x| (0..=last).contains(x)));
+                    prop_assert!(out.iter().zip(x).all(|(&y, &x)| y == i64::from(x)));
+                }
             }
         }
 

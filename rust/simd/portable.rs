@@ -4,7 +4,7 @@
 use super::{Store, loops};
 use crate::rng::philox::{LANES, M0, M1, ROUNDS, Row, mul, round};
 
-pub use loops::{count, unpack};
+pub use loops::{count, unpack, widen_ids};
 
 pub fn apply_f32(x: &[f32], words: &[u32], scale: f32, out: &mut [f32], _: Store) {
     loops::apply(x, words, scale, out);

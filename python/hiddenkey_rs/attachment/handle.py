@@ -154,7 +154,8 @@ class Handle:
         Args:
             step: the optimiser step, 0 <= step < 2**32; the same for all micro-batches of an accumulation.
             sample_ids: the examples' ids in the data set, integers in [0, 2**40): shape (batch,), or
-                (batch, length) with -1 for padding when rows are packed.
+                (batch, length) with -1 for padding when rows are packed. A single -1 is a padding row, for a rank that
+                has none of a step's rows: its passes run, its losses and rates have weight zero.
             positions: only for packed rows that hold parts of split documents: each token's position in its
                 document, (batch, length).
 
@@ -199,7 +200,10 @@ class Handle:
         return self.last
 
     def count_items(self, batch: dict[str, Any]) -> Any:
-        """How many rows of a batch carry loss: examples, or target tokens that are not masked (-100)."""
+        """How many rows of a batch carry loss: examples, or target tokens that are not masked (-100).
+
+        A padding row, known by ``batch["sample_id"]``, carries none.
+        """
         return two_pass.count_items(self, batch)
 
     @property
@@ -216,6 +220,10 @@ class Handle:
     def realised(self) -> dict[str, float]:
         """Measured rate by site: dropped / allowed since the last :meth:`reset_counts`, after the rescue."""
         return report.realised(self.sites)
+
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """(dropped, allowed) by site since the last :meth:`reset_counts`: what :meth:`realised` divides."""
+        return report.counted(self.sites)
 
     def reset_counts(self) -> None:
         """Start measuring :meth:`realised` anew."""

@@ -7,7 +7,7 @@ the loss-bearing tokens at a time: made, turned into both terms and their gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,8 @@ class Head:
     bias: Tensor | None
     autocast: dict[str, Any] = field(default_factory=dict)
     """How the model ran its head: a trainer may wrap the model's forward alone."""
+    observer: Callable[[Tensor, Tensor], None] | None = None
+    """Is shown the gradient pass's logits, (n, vocabulary) float32, and labels, (n,), of every piece: for metrics."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (N, vocabulary) of (N, D) hidden states."""
@@ -116,6 +118,8 @@ class _Pieces:
 
     def terms(self, first: Tensor, second: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(first)
+        if self.head.observer is not None:
+            self.head.observer(logits.detach(), labels)
         task = F.cross_entropy(logits, labels, reduction="sum")
         if second is None or self.kind is None:
             return task, task.new_zeros(())

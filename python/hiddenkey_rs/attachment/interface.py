@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import ops
 from ..errors import StateError
 from .kernels import attend
-from .passes import Pass, attention_keep
+from .passes import Pass, attention_keep, check_apart
 from .prepared import PreparedPass
 from .sites import Site
 
@@ -117,6 +117,8 @@ def hiddenkey_attention(
     if not in_graph or call is not None:  # a graph may not change anything inside a checkpointed layer
         layer.depth = depth
     allowed, bias = _allowed_and_bias(attention_mask, position_bias)
+    if step.suspect:
+        check_apart(step, site, allowed)
     step.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth)

@@ -7,7 +7,7 @@ it with the layer's other arguments and a replay draws the same masks, whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,26 +40,37 @@ class DrawnMask:
 MaskRecorder = Callable[[DrawnMask], None]
 
 
-@dataclass(eq=False)
 class StackPass:
-    """What a forward pass through one stack needs to draw its masks: a pure function of these values."""
+    """What a forward pass through one stack needs to draw its masks: a pure function of these values.
 
-    seed: int
-    step: int
-    tokens: Tokens
-    encoder_tokens: Tokens | None = None
-    sites: Mapping[nn.Module, Site] = field(default_factory=dict)
-    """The attention sites of the attached model, by module."""
-    impl: str = "auto"
-    running: bool = True
-    """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""
-    recorder: MaskRecorder | None = None
-    plans: tuple[StepPlan, StepPlan] = field(kw_only=True)
-    """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
-    group_calls: int = 0
-    reached: set[Site] = field(default_factory=set)
-    runs: dict[str, Documents] = field(default_factory=dict)
-    """The batch's documents for the Triton kernels, by kind of attention, once they were asked for."""
+    No dataclass: FSDP looks for tensors in whatever a layer receives, walks through dataclasses and makes new ones.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        tokens: Tokens,
+        encoder_tokens: Tokens | None,
+        sites: Mapping[nn.Module, Site],
+        impl: str,
+        recorder: MaskRecorder | None,
+        plans: tuple[StepPlan, StepPlan],
+    ) -> None:
+        self.seed, self.step, self.tokens, self.encoder_tokens = seed, step, tokens, encoder_tokens
+        self.sites = sites
+        """The attention sites of the attached model, by module."""
+        self.impl, self.recorder = impl, recorder
+        self.running = True
+        """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""
+        self.plans = plans
+        """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
+        self.suspect = self.apart = False
+        """Whether its first attention is to show that the documents of a row do not attend to each other; has shown it."""
+        self.group_calls = 0
+        self.reached: set[Site] = set()
+        self.runs: dict[str, Documents] = {}
+        """The batch's documents for the Triton kernels, by kind of attention, once they were asked for."""
 
     def counts(self, site: Site) -> bool:
         """Whether what the site does now is to be counted: not in a replay. The head runs after the stack."""
@@ -138,6 +149,18 @@ def attention_keep(step: Pass, site: Site, drop: SiteDrop, depth: int, heads: in
     return step.pairs(site, drop, depth, heads)
 
 
+def check_apart(step: Pass, site: Site, allowed: Tensor | None) -> None:
+    """A :class:`DataError` if documents of a row attend to each other: not every model heeds ``position_ids``."""
+    document, real = step.tokens.document, step.tokens.real
+    strange = (document[:, :, None] != document[:, None, :]) & real[:, :, None] & real[:, None, :]
+    if allowed is None or bool((strange[:, None] & allowed).any()):
+        raise DataError(
+            f"the documents of packed rows would attend to each other (got {site.name}, which does not heed position_ids "
+            "here); do not pack for this model, or pass a mask of (batch, 1, length, length)"
+        )
+    step.suspect, step.apart = False, True
+
+
 def drop_tokens(step: Pass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, L, D) after this site's dropout, and how many real places (or tokens) were kept, int64 ()."""
     tokens = step.tokens
@@ -146,8 +169,9 @@ def drop_tokens(step: Pass, site: Site, drop: SiteDrop, depth: int, hidden: Tens
         keep = guided_keep(step, site, drop, depth) if guided else step.laid(site, drop, depth, 1)[:, 0]
         rows = ops.triton_hidden.drop_rows if step.impl == "triton" else ops.drop_rows
         return rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
-    if isinstance(step, StackPass) and step.recorder is not None and step.counts(site):
-        # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist.
+    if isinstance(step, StackPass) and step.recorder is not None:
+        # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist: in a replay too,
+        # which must store what the forward pass stored.
         drawn = _drawn(step, site, drop, depth, step.tokens, step.tokens.columns, hidden.shape[-1], 1)[:, 0]
         keep = drawn[tokens.document, tokens.position] & tokens.real[..., None]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()

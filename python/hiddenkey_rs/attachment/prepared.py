@@ -68,6 +68,7 @@ class PreparedPass:
         self.sites: Mapping[nn.Module, Site] = step.sites
         self.impl = step.impl
         self.running = True
+        self.suspect = self.apart = False
         self.group_calls = 0
         self.slots, self.counter = slots, counter
         self.tokens = Places.of(step.tokens)

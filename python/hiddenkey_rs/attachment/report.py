@@ -79,13 +79,17 @@ def _second_pass(handle: Handle, depths: int) -> str:
 
 def realised(sites: Iterable[Site]) -> dict[str, float]:
     """Dropped / allowed by site name, over all layers and calls counted so far."""
-    totals: dict[str, list[int]] = {}
+    return {name: dropped / allowed for name, (dropped, allowed) in counted(sites).items() if allowed}
+
+
+def counted(sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
+    """(dropped, allowed) by site name, over all layers and calls counted so far."""
+    totals: dict[str, tuple[int, int]] = {}
     for site in sites:
         for dropped, allowed in site.counts.values():
-            total = totals.setdefault(site.site, [0, 0])
-            total[0] += int(dropped)
-            total[1] += int(allowed)
-    return {name: dropped / allowed for name, (dropped, allowed) in totals.items() if allowed}
+            before = totals.get(site.site, (0, 0))
+            totals[site.site] = (before[0] + int(dropped), before[1] + int(allowed))
+    return totals
 
 
 def _row(site: Site, depth: int) -> ReportRow:

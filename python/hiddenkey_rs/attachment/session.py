@@ -37,6 +37,11 @@ class ActiveStep:
     force: bool = False
     """Draw masks although no gradient is recorded: the second pass of a two-pass loss."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether there are rows and all of them are padding: the model runs as it is, and nothing of it counts."""
+        return bool(self.samples.size) and int(self.samples.max()) < 0
+
 
 class Session:
     """What the hooks of one attached model share while it trains."""
@@ -70,7 +75,7 @@ class Session:
         self._running: list[Pass | None] = [None] * len(stacks)
         self._prepared: list[PreparedPass | None] | None = None
         self._counters: dict[int, Tensor] = {}
-        self._proven = False
+        self._proven = self._apart = False
 
     @contextmanager
     def step(self, active: ActiveStep) -> Iterator[None]:
@@ -151,6 +156,7 @@ class Session:
         if not isinstance(step, StackPass):
             return
         step.running = False
+        self._apart = self._apart or step.apart
         if not self._proven and not failed:
             self._prove_reached(stack, step.reached, step.encoder_tokens is None)
 
@@ -221,7 +227,7 @@ class Session:
                     "wrap it in `with handle.step(step, sample_ids):`"
                 )
             return False
-        return torch.is_grad_enabled() or self.active.force
+        return (torch.is_grad_enabled() or self.active.force) and not self.active.idle
 
     def _new_pass(self, stack: Stack, inputs: dict[str, Any]) -> StackPass:
         active = self.require_step()
@@ -230,7 +236,7 @@ class Session:
         encoder_tokens = None
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
-        return StackPass(
+        step = StackPass(
             self.seed,
             active.step,
             tokens,
@@ -243,6 +249,17 @@ class Session:
                 self._plan(stack.entries[1] if encoder_tokens is not None else (), active, encoder_tokens or tokens),
             ),
         )
+        step.suspect = self._suspect(stack, tokens, inputs.get("attention_mask"))
+        return step
+
+    def _suspect(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> bool:
+        """Whether a pass must still show that the documents of a row do not attend to each other.
+
+        A decoder that is given a 2-D mask beside packed rows is asked to let them (TRL's wrapped packing).
+        """
+        if self._apart or self.impl == "triton" or len(tokens.samples) <= len(tokens.real):
+            return False
+        return stack.role == "encoder" or mask is None or mask.dim() == 4
 
     def _plan(self, entries: tuple[PlanEntry, ...], active: ActiveStep, tokens: Tokens) -> StepPlan:
         """Every column and span mask of a pass in one call, so that no layer waits for one."""

@@ -158,11 +158,12 @@ def check_sample_ids(sample_ids: object, name: str = "sample ids") -> np.ndarray
             f"{name} must be integers of shape (batch,) or (batch, length) (got {array.dtype} of shape "
             f"{array.shape}); pass the row numbers of the examples in the data set"
         )
-    lowest = 0 if array.ndim == 1 else -1
+    # A row of padding stands alone: where a step has fewer rows than there are ranks and micro-batches.
+    lowest = 0 if array.ndim == 1 and array.size > 1 else -1
     if array.size and (array.min() < lowest or array.max() >= 1 << 40):
         value = int(array.min() if array.min() < lowest else array.max())
         raise DataError(
-            f"{name} must lie in [0, 2**40), with -1 for padding in packed rows only (got {value}); "
+            f"{name} must lie in [0, 2**40), with -1 for padding in packed rows and for a padding row alone (got {value}); "
             "number the examples from 0"
         )
     return array.astype(np.int64)

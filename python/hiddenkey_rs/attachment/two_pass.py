@@ -20,6 +20,7 @@ from ..config import Consistency
 from ..errors import ConfigError, DataError
 from .checks import on_compiled
 from .head import Head, token_losses, without_logits
+from .sharded import gathered
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -47,19 +48,19 @@ def compute(
     part = handle.config.consistency
     part = None if part is None or part.weight == 0 else part
     # Asked before the passes, so that an accelerator's host waits for the labels alone.
-    items = count_items(handle, batch)
-    nothing = int(items) == 0
-    if handle.head is not None and task_loss is None and not nothing and batch["labels"].dim() == 2:
+    items = 0 if handle.session.require_step().idle else count_items(handle, batch)
+    if handle.head is not None and task_loss is None and batch["labels"].dim() == 2:
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
     passes = _passes(handle, model, part, batch)
+    if int(items) == 0:  # a mean over nothing is NaN, and so is its gradient
+        zero = 0.0 * passes.outputs.logits.sum()
+        return LossOutput(zero, zero.detach(), None if part is None else zero.detach(), passes.outputs)
     per_row = None
     if part is not None and passes.second is not None:
         per_row = losses.consistency(part.kind, passes.first, passes.second, gradient=part.gradient)
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
     task = passes.outputs.loss if task_loss is None else task_loss(passes.outputs, passes.labels)
-    if nothing:  # a mean over no tokens is NaN, and so is its gradient
-        task = 0.0 * passes.outputs.logits.sum()
-    elif num_items is not None:
+    if num_items is not None:
         task = task * (items / num_items)
     if per_row is None or part is None:
         return LossOutput(task, task.detach(), None, passes.outputs)
@@ -79,13 +80,17 @@ def _on_tokens(
     passes = _passes(handle, model, part, batch, rows)
     (first, labels), (second, _) = passes.first, passes.second or (None, None)
     both = part is not None and part.gradient == "both"
-    scale = 1 / torch.as_tensor(len(labels) if num_items is None else num_items, device=first.device)
+    scale = 1 / torch.as_tensor(max(len(labels), 1) if num_items is None else num_items, device=first.device)
     weight = 0.0 if part is None else part.weight
     task_scale = scale / 2 if both else scale
     kind = None if part is None else part.kind
-    loss, task, consistency = token_losses(
-        head, first, second, labels, kind=kind, both=both, scales=(task_scale, weight * scale)
-    )
+    with gathered(handle.model, head.module) as sharded:
+        loss, task, consistency = token_losses(
+            head, first, second, labels, kind=kind, both=both, scales=(task_scale, weight * scale)
+        )
+    if sharded:
+        # FSDP gathers weights for backward when it reaches what the model returned: here logits of no token.
+        loss = loss + passes.outputs.logits.sum().to(loss.dtype)
     found = None if second is None else (consistency * scale).detach()
     return LossOutput(loss, (task * task_scale).detach(), found, passes.outputs)
 
@@ -99,6 +104,9 @@ class _Passes:
     outputs: Any
     labels: Tensor
 
+
+_ONE_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Where the documents of a single flat row begin, for FlashAttention: ``position_ids`` say it of any number of rows."""
 
 _Rows = Callable[[dict[str, Any], Any, Any], Any]
 _Run = Callable[[dict[str, Any]], tuple[Any, Any]]
@@ -116,7 +124,9 @@ def _passes(
     compared = rows or (lambda batch, outputs, features: _rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
         doubled = {
-            name: torch.cat([value, value]) if _per_row(value, batch) else value for name, value in batch.items()
+            name: torch.cat([value, value]) if _per_row(value, batch) else value
+            for name, value in batch.items()
+            if name not in _ONE_ROW
         }
         with handle.session.branches((0, 1)):
             outputs, features = run(doubled)
@@ -229,7 +239,9 @@ def _rows(handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any
 
 def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
     """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
-    labels = batch["labels"]
+    labels, ids = batch["labels"], batch.get("sample_id")
+    if ids is not None and ids.numel() == 1 and int(ids) < 0:
+        return 0
     if labels.dim() < 2 or "SequenceClassification" in type(handle.base).__name__:
         return labels.shape[0]
     return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()

@@ -43,6 +43,26 @@ def generators(series: Mapping[str, Mapping[int, float]], path: str, title: str)
     plt.close(figure)
 
 
+def speedups(times: Mapping[str, float], path: str, title: str) -> None:
+    """One PNG: how many times as fast ours is, a bar for each comparison, on a logarithmic axis."""
+    extra("matplotlib").use("Agg")
+    plt = extra("matplotlib.pyplot")
+    figure, axes = plt.subplots(figsize=(9.5, 1.2 + 0.34 * len(times)), layout="constrained")
+    names = list(times)[::-1]
+    axes.barh(names, [times[name] for name in names], color=_COLOURS[0], height=0.62)
+    for place, name in enumerate(names):
+        axes.text(times[name], place, f"  {times[name]:.3g}x", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlim(right=4 * max(times.values()))
+    axes.grid(False)
+    _dress(axes, "", "")
+    axes.grid(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _dress(axes: Any, across: str, up: str) -> None:
     axes.set_xlabel(across)
     axes.set_ylabel(up)

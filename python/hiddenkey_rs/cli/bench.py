@@ -14,6 +14,7 @@ from ..errors import ConfigError
 
 BENCHES = {
     "masks": "masks, plans and dropout on hidden states, against torch's and NumPy's generators",
+    "batches": "collating, packing, orders and the balance of ranks, against transformers, TRL and NumPy",
     "attention": "attention with dropped keys, forward and backward, against attention without dropout",
     "step": "a whole LoRA training step with each dropout, against the step without any",
 }
@@ -44,6 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name in ON_DEVICES:
             sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     _add_step(benches.choices["step"])
+    benches.choices["batches"].add_argument(
+        "--simulate-ranks", type=_ranks, metavar="N,M", help="instead: how evenly so many ranks would be loaded"
+    )
+
+
+def _ranks(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1 or max(found) > 1 << 16:
+        raise argparse.ArgumentTypeError(
+            f"ranks are numbers in 1..=65536 with commas between (got {text!r}); try 64,1024"
+        )
+    return found
 
 
 def _add_step(sub: argparse.ArgumentParser) -> None:
@@ -68,6 +84,8 @@ def main(options: argparse.Namespace) -> int:
     check_writable(options.plot, ".png")
     if options.bench in ON_DEVICES:
         rows = list(bench.run(bench.adapted(options), threads, place))
+    elif getattr(options, "simulate_ranks", None):
+        rows = bench.simulate(options.simulate_ranks, place)
     else:
         sizes = bench.QUICK if options.quick else bench.WHOLE
         rows = list(harness.run(bench.cases(sizes, threads), place))

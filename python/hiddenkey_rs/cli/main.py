@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import HiddenKeyError
+from .turns import say
 
 COMMANDS = {
     "train": "fine-tune with LoRA and transformer-specific dropout",
     "eval": "evaluate the adapter of a finished run again",
     "bench": "time the library's parts beside what people use today",
     "sweep": "run a plan of experiments: methods x settings x tasks x seeds",
+    "tokenize": "turn text into a token store that training maps into memory",
+    "report": "what a sweep came to: a page of tables, tests and pictures",
     "masks": "show a mask as a picture, in the terminal or as a PNG",
     "doctor": "versions, instruction set, accelerator, and what a model's family supports",
     "demo": "plain LoRA against lora_dropout against HiddenKey on built-in data",
@@ -27,7 +30,8 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"hiddenkey: error: {message}; see {self.prog} --help\n")
+        say(f"hiddenkey: error: {message}; see {self.prog} --help", None)
+        self.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return int(importlib.import_module(f".{options.command}", __package__).main(options))
     except HiddenKeyError as error:
-        print(f"hiddenkey: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"hiddenkey: error: {' '.join(str(error).split())}", error)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("hiddenkey: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say("hiddenkey: interrupted", error)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,15 @@ from ..experiments.run_config import RunConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag a field, ``--config`` and ``--resume``."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of these choices; flags win over it")
-    parser.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=[True, "auto"],
+        metavar="auto",
+        help="go on with the stopped run in --out; 'auto': if there is one, else start it",
+    )
     hints = typing.get_type_hints(RunConfig)
     for item in fields(RunConfig):
         flag = f"--{item.name.replace('_', '-')}"
@@ -36,10 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Train and print the table."""
     from ..experiments.report import table
+    from ..experiments.job import job
     from ..experiments.run import run
+    from ..train import ranks
 
-    config = run_config(options)
-    metrics = run(config, resume=options.resume)
+    with job():
+        with ranks.together():
+            config = run_config(options)
+        metrics = run(config, resume=options.resume)
+    if ranks.launched()[0]:  # the first process speaks for all
+        return 0
     print(f"{config.model} on {metrics['task']}, {metrics['preset']}, seed {metrics['seed']}: {config.out}")
     print(table(result_rows(metrics)))
     rates = ", ".join(f"{site} {rate:.4f}" for site, rate in metrics["realised_rates"].items())

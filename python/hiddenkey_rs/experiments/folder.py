@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import StateError
 from .run_config import RunConfig
+from .spread import Spread
 
 CONFIG, LOG, METRICS, CURVES, ADAPTER, MASKS = (
     "config.json",
@@ -23,8 +24,8 @@ CONFIG, LOG, METRICS, CURVES, ADAPTER, MASKS = (
 RUN_STATE = "run_state.json"
 """In every ``checkpoint-N``: the history of evaluations up to there."""
 
-# Where a run lies and how it is watched may change between a run and its resumption.
-_FREE = ("out", "threads", "log_masks")
+# Where a run lies and how it is watched may change between a run and its resumption; how it is spread, within limits.
+_FREE = ("out", "threads", "log_masks", "batch_size", "accumulation", "loader")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,10 +82,15 @@ def check_resumable(out: Path, config: RunConfig) -> None:
         raise StateError(f"there is no run to resume (got {str(out)!r} without {CONFIG}); train without --resume first")
     if (out / METRICS).is_file():
         raise StateError(f"the run is finished (got {str(out)!r} with {METRICS}); there is nothing to resume")
-    if not any(out.glob("checkpoint-*")):
+    if last_checkpoint(out) is None:
         raise StateError(
             f"the run stopped before its first checkpoint (got {str(out)!r}); remove the folder and train anew"
         )
+    check_choices(out, config)
+
+
+def check_choices(out: Path, config: RunConfig) -> None:
+    """The run in the folder was started with these choices, or a :class:`StateError`."""
     saved, wanted = load_config(out).to_dict(), config.to_dict()
     changed = [name for name in wanted if name not in _FREE and saved[name] != wanted[name]]
     if changed:
@@ -95,10 +101,47 @@ def check_resumable(out: Path, config: RunConfig) -> None:
         )
 
 
+def was_started(out: Path) -> bool:
+    """Whether the folder holds a run."""
+    return (out / CONFIG).is_file()
+
+
+def load_metrics(out: Path, config: RunConfig) -> dict[str, Any]:
+    """What a finished run of the same choices found."""
+    check_choices(out, config)
+    found: dict[str, Any] = json.loads((out / METRICS).read_text(encoding="utf-8"))
+    return found
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The last checkpoint that was written to its end: a run may be killed while it writes one."""
+    whole = [path for path in out.glob("checkpoint-*") if (path / RUN_STATE).is_file()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def clear_start(out: Path) -> None:
+    """Remove what a run left that was stopped before its first checkpoint."""
+    for name in (CONFIG, LOG, MASKS):
+        (out / name).unlink(missing_ok=True)
+    for path in (*out.glob("checkpoint-*"), out / ADAPTER):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def load_config(out: Path) -> RunConfig:
     """The choices of the run in a folder."""
+    return RunConfig.from_dict(_recorded(out)["run"])
+
+
+def load_spread(out: Path) -> Spread:
+    """How the run in a folder is spread over processes."""
+    recorded = _recorded(out)
+    return Spread.from_dict(recorded["spread"]) if "spread" in recorded else Spread.of(load_config(out), processes=1)
+
+
+def _recorded(out: Path) -> dict[str, Any]:
     if not (out / CONFIG).is_file():
         raise StateError(
             f"the folder holds no run (got {str(out)!r} without {CONFIG}); give the --out of a training run"
         )
-    return RunConfig.from_dict(json.loads((out / CONFIG).read_text(encoding="utf-8"))["run"])
+    found: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    return found

@@ -80,7 +80,9 @@ def expected_calibration_error(probabilities: Array, labels: Array, bins: int = 
     strange = ~(np.isclose(probabilities.sum(axis=1), 1, atol=1e-3) & (probabilities >= 0).all(axis=1))
     if strange.any():
         row = int(strange.argmax())
-        raise DataError(f"a row is no distribution (got {probabilities[row]} in row {row}); give probabilities, not logits")
+        raise DataError(
+            f"a row is no distribution (got {probabilities[row]} in row {row}); give probabilities, not logits"
+        )
     confidence = probabilities.max(axis=1)
     gain = (probabilities.argmax(axis=1) == labels) - confidence
     place = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")

@@ -42,12 +42,28 @@ def load_model(name: str, task: Task, seed: int) -> tuple[Any, Any]:
         arguments = _head_arguments(task)
         model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"the model cannot be loaded (got {name!r}: {first}); give a folder, a hub name that is reachable or cached, "
-            f"{MINILM!r} or {GPT2_TINY!r}"
-        ) from None
+        raise _unloadable("model", name, error) from None
     return _with_padding(model, tokenizer), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model; ``name`` as for :func:`load_model`."""
+    import transformers
+
+    if name == GPT2_TINY:
+        return byte_tokenizer()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(_minilm_folder()) if name == MINILM else name)
+    except (OSError, ValueError) as error:
+        raise _unloadable("tokenizer", name, error) from None
+
+
+def _unloadable(what: str, name: str, error: Exception) -> ConfigError:
+    first = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"the {what} cannot be loaded (got {name!r}: {first}); give a folder, a hub name that is reachable or cached, "
+        f"{MINILM!r} or {GPT2_TINY!r}"
+    )
 
 
 def add_lora(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..train import ranks
 from . import folder
 from .data import Splits, file_splits, hub_splits, task_splits
 from .demo_data import demo_splits
@@ -21,11 +22,15 @@ from .evaluate import evaluate
 from .extras import extra
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
-from .models import add_lora, load_adapter, load_model, quiet_libraries, restore_adapter
+from .job import job, on_cpus
+from .models import add_lora, load_adapter, load_model, quiet_libraries
 from .report import curves
 from .run_config import RunConfig
+from .spread import Spread
 from .tasks import TASKS, Task, own_task
+from .training_data import steps_per_epoch, training_data
 from .watch import RunState, Watcher
+from .whole import restore_weights
 
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
 
@@ -43,52 +48,73 @@ class Prepared:
     labels: tuple[str, ...]
 
 
-def run(config: RunConfig, resume: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, resume: bool | str = False) -> dict[str, Any]:
     """Train, and write the run's folder. Returns what ``metrics.json`` holds.
 
-    Everything that can be wrong with the choices, the data or the folder is found before anything is written.
+    Everything that can be wrong with the choices, the data or the folder is found before anything is written. On several
+    processes (torchrun, accelerate launch) they share the work, and the first alone writes.
+
+    Args:
+        config: the choices.
+        resume: go on with the stopped run in its folder; ``"auto"``: if there is one, else start.
+
+    Raises:
+        HiddenKeyError: on every process, of the first that failed.
     """
     started = time.perf_counter()
-    out = Path(config.out)
-    if resume:
-        folder.check_resumable(out, config)
-    else:
-        folder.check_free(out)
-    drops = config.drops()
-    _settle_torch(config)
-    prepared = prepare(config)
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    model = add_lora(
-        prepared.model, prepared.task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed
-    )
-    state, checkpoint = RunState(), None
-    if resume:
-        from transformers.trainer_utils import get_last_checkpoint
+    with job():
+        return _run(config, resume, started)
 
-        checkpoint = get_last_checkpoint(str(out))
-        state = RunState.load(Path(str(checkpoint)))
-    watcher = Watcher(out, prepared.task, state, _evaluation(config, prepared, model), model, config.log_masks)
-    trainer = _trainer(config, prepared, model, drops, watcher)
-    watcher.handle = trainer.handle
-    out.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        folder.write_json(out / folder.CONFIG, _recorded(config, trainer))
-    else:
-        folder.keep_lines_to(out / folder.LOG, int(checkpoint.rpartition("-")[2]))
+
+def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any]:
+    out = Path(config.out)
+    with ranks.together():
+        if resume == "auto" and (out / folder.METRICS).is_file():
+            return dict(folder.load_metrics(out, config))
+        spread, checkpoint = _begin(config, out, resume)
+        drops = config.drops()
+        _settle_torch(config)
+        prepared = prepare(config)
+        alpha = 2.0 * config.rank if config.alpha is None else config.alpha
+        model = add_lora(
+            prepared.model, prepared.task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed
+        )
+        state = RunState() if checkpoint is None else RunState.load(checkpoint)
+        watcher = Watcher(out, prepared.task, state, _evaluation(config, prepared, model), model, config.log_masks)
+        trainer = _trainer(config, spread, prepared, model, drops, watcher)
+        watcher.handle = trainer.handle
+    if watcher.first:
+        out.mkdir(parents=True, exist_ok=True)
+        if checkpoint is None:
+            folder.clear_start(out)
+            folder.write_json(out / folder.CONFIG, _recorded(config, spread, trainer))
+        else:
+            folder.keep_lines_to(out / folder.LOG, int(checkpoint.name.rpartition("-")[2]))
     try:
         with interruptible() as watcher.check_interrupt:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.handle.detach()
-    metrics = _metrics(config, prepared, state, model, trainer.state.global_step, started)
-    folder.write_json(out / folder.METRICS, metrics)
-    curves(
-        {_name(config): state.history},
-        prepared.task.metric,
-        out / folder.CURVES,
-        f"{_name(config)} on {prepared.task.name}",
-    )
+    metrics = _metrics(config, prepared, state, trainer, spread, started)
+    if watcher.first:
+        folder.write_json(out / folder.METRICS, metrics)
+        title = f"{_name(config)} on {prepared.task.name}"
+        curves({_name(config): state.history}, prepared.task.metric, out / folder.CURVES, title)
     return metrics
+
+
+def _begin(config: RunConfig, out: Path, resume: bool | str) -> tuple[Spread, Path | None]:
+    """How the run is spread, and the checkpoint that it goes on from, if it does."""
+    processes = ranks.world_size()
+    if not resume or (resume == "auto" and not folder.was_started(out)):
+        folder.check_free(out)
+        return Spread.of(config, processes), None
+    if resume == "auto":  # it may have been stopped before its first checkpoint: then it starts anew
+        folder.check_choices(out, config)
+    else:
+        folder.check_resumable(out, config)
+    spread = folder.load_spread(out).again(config, folder.load_config(out), processes)
+    return spread, folder.last_checkpoint(out)
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -161,7 +187,7 @@ def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[
     return both
 
 
-def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watcher: Watcher) -> Any:
+def _trainer(config: RunConfig, spread: Spread, prepared: Prepared, model: Any, drops: Any, watcher: Watcher) -> Any:
     import torch
     import transformers
 
@@ -169,12 +195,12 @@ def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watc
 
     extra("accelerate")  # the Trainer's, and an extra of ours
 
-    steps = math.ceil(math.ceil(len(prepared.train) / config.batch_size) / config.accumulation)
-    total = config.max_steps or steps * config.epochs
+    data, loader = training_data(config, spread, prepared.train)
+    total = config.max_steps or steps_per_epoch(config, spread, data) * config.epochs
     arguments = transformers.TrainingArguments(
         output_dir=config.out,
         per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
+        gradient_accumulation_steps=spread.accumulation,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.lr,
@@ -190,38 +216,53 @@ def _trainer(config: RunConfig, prepared: Prepared, model: Any, drops: Any, watc
         seed=config.seed,
         data_seed=config.seed,
         bf16=config.bf16,
+        use_cpu=on_cpus(),
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Every pass uses all adapters, unless it leaves out layers by chance.
+        ddp_find_unused_parameters=any(getattr(module, "layerdrop", 0) for module in model.modules()),
+        **_sharding(config),
     )
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = HiddenKeyTrainer(
         model=model,
         args=arguments,
-        train_dataset=prepared.train,
+        train_dataset=data,
         data_collator=prepared.collate,
         config=drops,
         stock_dropout=config.stock,
+        loader=loader,
         callbacks=[watcher],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
+def _sharding(config: RunConfig) -> dict[str, Any]:
+    """The Trainer's arguments for weights that are spread over ranks."""
+    if not config.fsdp:
+        return {}
+    # Each rank writes its own part of a checkpoint, and any number of ranks reads it.
+    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+
+
 def _metrics(
-    config: RunConfig, prepared: Prepared, state: RunState, model: Any, steps: int, started: float
+    config: RunConfig, prepared: Prepared, state: RunState, trainer: Any, spread: Spread, started: float
 ) -> dict[str, Any]:
+    model, steps = trainer.model, trainer.state.global_step
     best = state.best(prepared.task)
     for number, entry in enumerate(state.history):
         entry["best"] = number == best
     top, last = state.history[best], state.history[-1]
     test = {}
     if prepared.test is not None:
-        restore_adapter(model, Path(config.out) / folder.ADAPTER)
+        ranks.wait()  # for the first to have written it
+        restore_weights(model, Path(config.out) / folder.ADAPTER)
         test = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
-    rows = steps * config.batch_size * config.accumulation
+    rows = steps * spread.rows if spread.rows else (trainer.state.epoch or 0) * len(prepared.train)
     return {
         "task": prepared.task.name,
         "model": config.model,
@@ -241,11 +282,12 @@ def _metrics(
     }
 
 
-def _recorded(config: RunConfig, trainer: Any) -> dict[str, Any]:
+def _recorded(config: RunConfig, spread: Spread, trainer: Any) -> dict[str, Any]:
     import torch
 
     return {
         "run": config.to_dict(),
+        "spread": spread.to_dict(),
         "hiddenkey": trainer.handle.config.to_dict(),
         "report": trainer.handle.report().as_dict(),
         "versions": {name: version(name) for name in _PACKAGES},

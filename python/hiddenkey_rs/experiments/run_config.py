@@ -23,6 +23,8 @@ from ..serialise import Serialisable, choice
 from .tasks import KINDS as TASK_KINDS
 from .tasks import TASKS
 
+LOADERS = ("auto", "hiddenkey", "stock")
+
 
 def _choice(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help_text, "choices": choices})
@@ -77,8 +79,11 @@ class RunConfig(Serialisable):
     label_smoothing: float = _choice(0.0, "label smoothing of the task loss")
     epochs: int = _choice(5, "passes over the training set")
     max_steps: int | None = _choice(None, "stop after this many optimiser steps")
-    batch_size: int = _choice(32, "rows of a micro-batch")
-    accumulation: int = _choice(1, "micro-batches of an optimiser step")
+    batch_size: int = _choice(32, "rows of a micro-batch, on each process")
+    accumulation: int = _choice(1, "micro-batches of an optimiser step, on each process")
+    token_budget: int | None = _choice(None, "padded tokens of an optimiser step over all processes, in place of rows")
+    loader: str = _choice("auto", "who makes batches (auto: hiddenkey on several processes)", LOADERS)
+    fsdp: bool = _choice(False, "spread the weights over the processes (FSDP2, on accelerators)")
     eval_batch_size: int = _choice(64, "rows of an evaluation batch")
     max_length: int | None = _choice(None, "tokens an example keeps (default: the task's)")
     seed: int = _choice(0, "of data order, new weights and masks")
@@ -101,9 +106,13 @@ class RunConfig(Serialisable):
                 object.__setattr__(self, item.name, tuple(value))
         for name in ("rank", "epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
             self._positive(name)
-        for name in ("max_steps", "max_length", "dev_rows", "save_steps", "threads"):
+        for name in ("max_steps", "max_length", "dev_rows", "save_steps", "threads", "token_budget"):
             if getattr(self, name) is not None:
                 self._positive(name)
+        if self.token_budget is not None and self.loader == "stock":
+            raise ConfigError(
+                f"the stock loader makes batches of rows (got token_budget={self.token_budget}); use --loader hiddenkey"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1) (got {self.lora_dropout!r}); 0 is none")
         if not self.lr > 0:

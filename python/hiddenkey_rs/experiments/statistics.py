@@ -19,7 +19,7 @@ from .extras import extra
 
 Array = NDArray[np.float64]
 EXACT_SEEDS = 20
-"""Up to so many differences all 2**n flips are counted; above, as many are drawn as this would be... see :func:`sign_flip`."""
+"""Up to so many differences :func:`sign_flip` counts all flips."""
 DRAWS = 10_000
 _CHUNK = 500
 _MOST_SEEDS = 100_000
@@ -87,8 +87,9 @@ def mean_interval(values: ArrayLike) -> Interval:
     """Mean of (n,) and Student's 95 % interval; of a single value an interval without bounds (NaN).
 
     Example:
-        >>> mean_interval([1.0, 2.0, 3.0])
-        Interval(estimate=2.0, low=-0.484..., high=4.484...)
+        >>> found = mean_interval([1.0, 2.0, 3.0])  # 2 -+ 4.303 / sqrt(3)
+        >>> round(found.low, 3), found.estimate, round(found.high, 3)
+        (-0.484, 2.0, 4.484)
     """
     numbers = _numbers(values)
     mean = float(numbers.mean())
@@ -102,28 +103,29 @@ def effect_size(differences: ArrayLike) -> Interval:
     """Hedges' g of paired differences: mean / sd (Cohen's d_z) without its small-sample bias, and its 95 % interval.
 
     The interval is exact where differences are normal: the noncentral t distributions that put the observed t at their 2.5 %
-    ends. Differences without spread have no such size: NaN.
+    ends. Fewer than three differences, or differences without spread, have no such size: NaN.
 
     Example:
-        >>> effect_size([1.0, 2.0, 3.0]).estimate  # d_z = 2, times the correction for two degrees of freedom, 0.5642
-        1.128...
+        >>> round(effect_size([1.0, 2.0, 3.0]).estimate, 3)  # d_z = 2, times the correction of two degrees of freedom, .5642
+        1.128
     """
     values = _numbers(differences)
     n = len(values)
-    if n < 2 or _constant(values):
+    if n < 3 or _constant(values):
         return Interval(math.nan, math.nan, math.nan)
     size = float(values.mean() / values.std(ddof=1))
     scale = hedges_correction(n - 1)
-    low, high = (_noncentrality(size * math.sqrt(n), n - 1, q) / math.sqrt(n) for q in (0.975, 0.025))
+    inverse = extra("scipy.special").nctdtrinc
+    low, high = (float(inverse(n - 1, q, size * math.sqrt(n))) / math.sqrt(n) for q in (0.975, 0.025))
     return Interval(scale * size, scale * low, scale * high)
 
 
 def hedges_correction(freedom: int) -> float:
-    """Hedges' factor c(m) for m degrees of freedom (Hedges 1981): gamma(m/2) / (sqrt(m/2) gamma((m-1)/2)).
+    """Hedges' factor c(m) for m > 1 degrees of freedom (Hedges 1981): gamma(m/2) / (sqrt(m/2) gamma((m-1)/2)).
 
     Example:
-        >>> round(hedges_correction(10), 4)
-        0.9228
+        >>> math.isclose(hedges_correction(4), math.sqrt(2 / math.pi))
+        True
     """
     return math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 
@@ -156,13 +158,12 @@ def paired_power(effect: float, n: int, alpha: float = 0.05) -> float:
         >>> round(paired_power(0.5, 34), 3)
         0.808
     """
+    if effect == 0:
+        return alpha
     stats = extra("scipy.stats")
-    edge, centre = stats.t.ppf(1 - alpha / 2, n - 1), effect * math.sqrt(n)
-    return (
-        float(stats.norm.sf(edge - centre))
-        if centre > 30
-        else float(stats.nct.sf(edge, n - 1, centre) + stats.nct.cdf(-edge, n - 1, centre))
-    )
+    edge = stats.t.ppf(1 - alpha / 2, n - 1)
+    # t**2 has a noncentral F distribution, whose tail SciPy finds where that of the noncentral t is NaN.
+    return float(stats.ncf.sf(edge**2, 1, n - 1, n * effect**2))
 
 
 def detectable(differences: ArrayLike, power: float = 0.8, alpha: float = 0.05) -> float:
@@ -221,13 +222,6 @@ def _resample(table: Array, draws: int, rng: np.random.Generator) -> Array:
     if examples == 1:
         return rows[:, 0]
     return np.take_along_axis(rows, rng.integers(0, examples, (draws, examples)), axis=1).mean(axis=1)
-
-
-def _noncentrality(t: float, freedom: int, quantile: float) -> float:
-    """The noncentrality under which the observed t is this quantile."""
-    stats, brentq = extra("scipy.stats"), extra("scipy.optimize").brentq
-    reach = 10 + abs(t)
-    return float(brentq(lambda centre: stats.nct.cdf(t, freedom, centre) - quantile, t - reach, t + reach))
 
 
 def _constant(values: Array) -> bool:

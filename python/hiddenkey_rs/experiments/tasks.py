@@ -38,28 +38,12 @@ class Task:
 _PAIR = ("sentence1", "sentence2")
 _TEXT = ("source", "target")
 _LM = ("perplexity", "token_accuracy")
+_QUESTION = ("question", "sentence")
+_GLUE = "nyu-mll/glue"
 # The test set has five more categories, which nothing could be learned about.
-_CATEGORIES = ("Airport", "Astronaut", "Building", "City", "ComicsCharacter")
-_CATEGORIES += ("Food", "Monument", "SportsTeam", "University", "WrittenWork")
-_CATEGORY = Task(
-    "webnlg-category",
-    "WebNLG",
-    ("target",),
-    "classification",
-    len(_CATEGORIES),
-    ("accuracy", "f1"),
-    label="category",
-    classes=_CATEGORIES,
-)
-_QNLI = Task(
-    "qnli",
-    "QNLI",
-    ("question", "sentence"),
-    "classification",
-    2,
-    ("accuracy",),
-    max_length=256,
-    hub=("nyu-mll/glue", "qnli"),
+_CATEGORIES = (
+    *("Airport", "Astronaut", "Building", "City", "ComicsCharacter"),
+    *("Food", "Monument", "SportsTeam", "University", "WrittenWork"),
 )
 
 TASKS = {
@@ -70,10 +54,19 @@ TASKS = {
         Task("stsb", "STS-B", _PAIR, "regression", 1, ("pearson", "spearman")),
         Task("sst2", "SST-2", ("sentence1",), "classification", 2, ("accuracy",)),
         Task("cola", "CoLA", ("sentence1",), "classification", 2, ("matthews", "accuracy")),
-        _QNLI,
+        Task("qnli", "QNLI", _QUESTION, "classification", 2, ("accuracy",), max_length=256, hub=(_GLUE, "qnli")),
         Task("e2e", "E2E", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
         Task("webnlg", "WebNLG", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
-        _CATEGORY,
+        Task(
+            "webnlg-category",
+            "WebNLG",
+            ("target",),
+            "classification",
+            len(_CATEGORIES),
+            ("accuracy", "f1"),
+            label="category",
+            classes=_CATEGORIES,
+        ),
         Task("demo", "", _PAIR, "classification", 2, ("accuracy", "f1"), max_length=64),
     )
 }

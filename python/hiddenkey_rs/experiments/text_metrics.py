@@ -4,7 +4,7 @@
 |---|---|---|---|
 | ``bleu`` | 0..100 | sacrebleu, 13a tokens, lower case | mteval-v13a of the E2E challenge |
 | ``chrf`` | 0..100 | sacrebleu, with case | |
-| ``ter`` | percent, low is good | sacrebleu, lower case | |
+| ``ter`` | percent, low is good | sacrebleu, lower case, punctuation apart | |
 | ``nist`` | open | Doddington (2002) on references pooled per text, 13a tokens, lower case | mteval-v13a |
 | ``rouge_l`` | 0..100 | rouge-score: F1, the best reference | |
 | ``rouge_l_coco`` | 0..100 | pycocoevalcap: recall counts 1.2 times | the E2E challenge, the paper |
@@ -124,7 +124,7 @@ def _ter(hypotheses: Texts, references: References) -> float:
 
 @functools.lru_cache(maxsize=1 << 16)  # slow, and a part's texts are scored with all and alone
 def _edits(text: str, refs: tuple[str, ...]) -> tuple[float, float]:
-    found = extra("sacrebleu.metrics", "text").TER().sentence_score(text, list(refs))
+    found = extra("sacrebleu.metrics", "text").TER(normalized=True).sentence_score(text, list(refs))
     return found.num_edits, found.ref_length
 
 
@@ -170,7 +170,7 @@ def _rouge_l(hypotheses: Texts, references: References) -> float:
 
 
 # The captioning metrics read words of the Penn Treebank's tokenizer, without punctuation. That tokenizer is a Java
-# program; this one differs from it on 5 in 1,000 references of E2E, by .1 % of CIDEr.
+# program; this one differs from it on 6 of E2E's 4,672 development references, by .03 % of CIDEr.
 _WORD = re.compile(
     r"n't(?!\w)|'(?:s|re|ve|ll|d|m)(?!\w)"  # clitics are words
     r"|[#$%&+@/()\[\]{}]"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import TrainerCallback
 
 from ..attachment import DrawnMask, Handle
 from ..errors import HiddenKeyError
+from ..train import ranks
 from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, replace_folder, write_json
 from .tasks import Task
+from .whole import whole_weights
 
 
 class DivergedError(HiddenKeyError):
@@ -52,12 +55,16 @@ class RunState:
 
 
 class Watcher(TrainerCallback):
-    """Evaluates every epoch, keeps the best adapter, writes ``log.jsonl`` and ``masks.jsonl``, shows progress."""
+    """Evaluates every epoch, keeps the best adapter, writes ``log.jsonl`` and ``masks.jsonl``, shows progress.
+
+    On several ranks every one of them evaluates its share, and the first alone writes and speaks.
+    """
 
     def __init__(
         self, out: Path, task: Task, state: RunState, evaluation: Evaluation, model: Any, log_masks: int
     ) -> None:
         self.out, self.task, self.run, self.evaluation, self.model = out, task, state, evaluation, model
+        self.first = ranks.rank() == 0
         self.handle: Handle | None = None
         self.check_interrupt: Callable[[], None] = lambda: None
         self.masks_left = log_masks
@@ -66,12 +73,12 @@ class Watcher(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and the progress line."""
-        self.progress = Progress(state.max_steps, state.global_step)
+        self.progress = Progress(state.max_steps, state.global_step) if self.first else None
         self.clock = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the masks of the steps that the log will show, as far as asked for."""
-        if self.handle is not None and self.masks_left and state.global_step % args.logging_steps == 0:
+        if self.first and self.handle is not None and self.masks_left and state.global_step % args.logging_steps == 0:
             self.masks_left -= 1
             self.handle.record_masks(lambda mask: append_line(self.out / MASKS, _digest(mask)))
 
@@ -87,7 +94,8 @@ class Watcher(TrainerCallback):
         """One line of ``log.jsonl`` a logged step."""
         if logs is None or "loss" not in logs:
             return
-        append_line(self.out / LOG, {"step": state.global_step, **logs})
+        if self.first:
+            append_line(self.out / LOG, {"step": state.global_step, **logs})
         if not math.isfinite(logs["loss"]):
             raise DivergedError(f"training diverged (got loss {logs['loss']} at step {state.global_step}); lower --lr")
         for name, value in logs.items():
@@ -102,9 +110,12 @@ class Watcher(TrainerCallback):
         found = self.evaluation()
         entry = {"epoch": round(state.epoch, 4), "step": state.global_step, **found}
         self.run.history.append(entry)
-        append_line(self.out / LOG, {"step": state.global_step, "evaluation": entry})
-        if self.run.best(self.task) == len(self.run.history) - 1:
-            replace_folder(self.out / ADAPTER, self._save_adapter)
+        best = self.run.best(self.task) == len(self.run.history) - 1
+        weights = whole_weights(self.model) if best else None
+        if self.first:
+            append_line(self.out / LOG, {"step": state.global_step, "evaluation": entry})
+            if best:
+                replace_folder(self.out / ADAPTER, partial(self._save_adapter, weights))
         if self.progress is not None:
             dev = found["dev"]
             self.progress.note(
@@ -117,10 +128,12 @@ class Watcher(TrainerCallback):
         now = time.perf_counter()
         self.run.training_seconds += now - self.clock
         self.clock = now
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN_STATE, asdict(self.run))
+        ranks.wait()  # what this file stands beside is whole: every rank's part of it
+        if self.first:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / RUN_STATE, asdict(self.run))
 
-    def _save_adapter(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def _save_adapter(self, weights: dict[str, Any] | None, folder: Path) -> None:
+        self.model.save_pretrained(folder, state_dict=weights)
         if self.handle is not None:
             self.handle.config.save_pretrained(folder)
 

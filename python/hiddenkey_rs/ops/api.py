@@ -111,15 +111,19 @@ def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
     return f"the stock model's attention dropout draws on weights (rate {dropout})" if dropout else None
 
 
+def _fits_blocks(query: Tensor, kept: Tensor, dropout: float) -> bool:
+    """Whether blocks of queries are the way for a kept set: it is the same for all heads, and differs by query."""
+    return kept.shape[1] == 1 < kept.shape[2] and query.shape[2] >= BLOCKED_QUERIES and not _kernel_obstacle(query, dropout)
+
+
 def _in_blocks(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, keep: Tensor, rescue: str, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
+    _, heads, queries, _ = query.shape
     keys = key.shape[2]
     allowed = keep.new_ones(1, 1, queries, keys) if allowed is None else allowed.expand(-1, 1, queries, keys)
     key, value = reference.repeat_heads(key, heads), reference.repeat_heads(value, heads)
-    output, kept = blocked.attention(query, key, value, allowed, keep.expand(batch, -1, -1, -1), rescue, scaling)
-    total = count_pairs(allowed, (batch, heads, queries, keys))
+    output, kept, total = blocked.attention(query, key, value, allowed, keep, rescue, scaling)
     return output, total - kept, total
 
 
@@ -198,6 +202,9 @@ def attention(
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
     if impl in ("compact", "blocked", "triton"):
         raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
+    if impl == "auto" and obstacle is None and kept is not None and _fits_blocks(query, kept, dropout):
+        everything = kept.new_ones(1, 1, 1, kept.shape[3])
+        return _in_blocks(query, key, value, kept, everything, "all", scaling or query.shape[-1] ** -0.5)[0]
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)
     return reference.attention(

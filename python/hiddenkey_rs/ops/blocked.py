@@ -9,14 +9,23 @@ kernel skips nothing under it at these lengths, and is slower by the odd feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import masks
 from ..errors import ConfigError
 from . import cpu_kernel
+
+MASK_BYTES = 4 << 20
+"""Memory of a block's mask, where one example does not need more: the kernel finds it in the cache."""
+_FORBIDDEN = {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}
+"""The bits of -inf."""
 
 
 def block_rows(queries: int) -> int:
@@ -26,12 +35,12 @@ def block_rows(queries: int) -> int:
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor, rescue: str, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """DropKey attention: the output, (B, H, Q, D), and how many pairs were kept, int64 ().
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DropKey attention: the output, (B, H, Q, D), and how many pairs were kept and allowed, both int64 ().
 
     Args:
         query: (B, H, Q, D). key, value: (B, H, K, D), on the CPU, float32, bfloat16 or float16.
-        allowed: bool (1 or B, 1, Q, K). keep: bool (B, H, 1 or Q, K), the drawn mask.
+        allowed: bool (1 or B, 1, Q, K). keep: bool (1 or B, 1 or H, 1 or Q, K), the drawn mask.
         rescue: as :func:`.reference.kept_set`. scaling: of the logits.
 
     Raises:
@@ -41,39 +50,43 @@ def attention(
         >>> from .reference import causal
         >>> q = torch.randn(1, 2, 4, 8)
         >>> keep = torch.tensor([[[[True, False, True, True]], [[False, True, True, False]]]])
-        >>> out, kept = attention(q, q, q, causal(4, 4), keep, "own", 8**-0.5)
-        >>> out.shape, int(kept)
-        (torch.Size([1, 2, 4, 8]), 13)
+        >>> out, kept, total = attention(q, q, q, causal(4, 4), keep, "own", 8**-0.5)
+        >>> out.shape, int(kept), int(total)
+        (torch.Size([1, 2, 4, 8]), 13, 20)
     """
-    out, _, kept = _attention(query, key, value, allowed, keep, rescue == "own", scaling)
-    return out, kept
+    out, _, counts = _attention(query, key, value, allowed, keep, rescue == "own", scaling)
+    kept, total = counts.unbind()
+    return out, kept, total
 
 
 @torch.library.custom_op("hiddenkey_rs::blocked_attention", mutates_args=())
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor, own: bool, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, the logarithm of each row's denominator, float32 (B, H, Q), and how many pairs were kept."""
-    _check(query, key, value, allowed, keep)
+    """The output, the logarithm of each row's denominator, float32 (B, H, Q), and pairs kept and allowed, int64 (2,)."""
+    blocks = _Blocks(query, key, value, allowed, keep, own)
     out, total = cpu_kernel.empty(query)
-    count = 0
-    for rows, columns, mask, empty, kept in _blocks(query, allowed, keep, own):
-        count += kept
-        if mask is None:
-            out[:, :, rows] = 0
+    kept = 0
+    for block in blocks:
+        kept += block.kept
+        rows = block.queries(out)
+        if block.mask is None:
+            rows.zero_()
             continue
-        parts = query[:, :, rows], key[:, :, columns], value[:, :, columns]
-        out[:, :, rows], total[:, :, rows] = cpu_kernel.forward(*parts, 0.0, False, attn_mask=mask, scale=scaling)
-        if empty is not None:
-            out[:, :, rows].masked_fill_(empty, 0.0)
-    return out, total, torch.tensor(count)
+        parts = block.queries(query), block.keys(key), block.keys(value)
+        found = cpu_kernel.forward(*parts, 0.0, False, attn_mask=block.mask, scale=scaling)
+        rows.copy_(found[0])
+        block.queries(total).copy_(found[1])
+        if block.empty is not None:
+            rows.masked_fill_(block.empty, 0.0)
+    return out, total, torch.tensor([kept, blocks.allowed_pairs])
 
 
 @_attention.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor, own: bool, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *cpu_kernel.empty(query), query.new_empty((), dtype=torch.int64)
+    return *cpu_kernel.empty(query), query.new_empty((2,), dtype=torch.int64)
 
 
 @torch.library.custom_op("hiddenkey_rs::blocked_attention_backward", mutates_args=())
@@ -89,17 +102,22 @@ def _gradients(
     own: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_query, to_key, to_value = cpu_kernel.like(query), cpu_kernel.like(key).zero_(), cpu_kernel.like(value).zero_()
-    for rows, columns, mask, empty, _ in _blocks(query, allowed, keep, own):
-        if mask is None:
-            to_query[:, :, rows] = 0
+    to_query, to_key, to_value = (cpu_kernel.like(rows) for rows in (query, key, value))
+    for block in _Blocks(query, key, value, allowed, keep, own):
+        if block.first:
+            for whole in (to_key, to_value):
+                block.examples(whole).zero_()
+        if block.mask is None:
+            block.queries(to_query).zero_()
             continue
-        arriving = gradient[:, :, rows] if empty is None else gradient[:, :, rows].masked_fill(empty, 0.0)
-        parts = query[:, :, rows], key[:, :, columns], value[:, :, columns], out[:, :, rows], total[:, :, rows]
-        found = cpu_kernel.backward(arriving, *parts, 0.0, False, attn_mask=mask, scale=scaling)
-        to_query[:, :, rows] = found[0]
-        to_key[:, :, columns] += found[1]
-        to_value[:, :, columns] += found[2]
+        arriving = block.queries(gradient)
+        if block.empty is not None:
+            arriving = arriving.masked_fill(block.empty, 0.0)
+        parts = block.queries(query), block.keys(key), block.keys(value), block.queries(out), block.queries(total)
+        found = cpu_kernel.backward(arriving, *parts, 0.0, False, attn_mask=block.mask, scale=scaling)
+        block.queries(to_query).copy_(found[0])
+        block.keys(to_key).add_(found[1])
+        block.keys(to_value).add_(found[2])
     return to_query, to_key, to_value
 
 
@@ -131,50 +149,92 @@ def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 
-_Block = tuple[slice, slice, Tensor | None, Tensor | None, int]
+@dataclass
+class _Block:
+    """Some queries of some examples, and the keys that they may see."""
+
+    of: slice
+    rows: slice
+    columns: slice
+    mask: Tensor | None
+    """-inf where a pair is not kept; ``None`` where no query of the block sees any key."""
+    empty: Tensor | None
+    """Rows that see no key, if there are any; their mask forbids nothing."""
+    kept: int
+    """Pairs."""
+    first: bool
+    """Whether it is the first block of its examples."""
+
+    def examples(self, tensor: Tensor) -> Tensor:
+        """Their part of something."""
+        return tensor[self.of]
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """Their part of something of the shape (B, H, Q, ...)."""
+        return tensor[self.of, :, self.rows]
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """Their part of something of the shape (B, H, K, ...)."""
+        return tensor[self.of, :, self.columns]
 
 
-def _blocks(query: Tensor, allowed: Tensor, keep: Tensor, own: bool) -> Iterator[_Block]:
-    """Each block's queries, the keys they may see, -inf where they may not, the rows that see none, and pairs kept."""
-    batch, heads = query.shape[:2]
-    seen = allowed.any(dim=0)[0]
-    step = block_rows(query.shape[2])
-    for start in range(0, query.shape[2], step):
-        rows = slice(start, min(start + step, query.shape[2]))
-        found = seen[rows].any(dim=0).nonzero()
-        if not len(found):
-            yield rows, slice(0, 0), None, None, 0
-            continue
-        columns = slice(int(found[0]), int(found[-1]) + 1)
-        permitted = allowed[:, :, rows, columns]
-        drawn = keep[:, :, rows if keep.shape[2] > 1 else slice(0, 1), columns]
-        # Kept keys a query, (B, H, rows): counted by a matrix product where all queries of a head drop the same ones.
-        if keep.shape[2] > 1:
-            counts = (permitted & drawn).sum(dim=-1)
-        else:
-            counts = torch.matmul(permitted.float(), drawn.float().transpose(-1, -2)).squeeze(-1).long()
-        mask = torch.minimum(cpu_kernel.forbid(permitted, query.dtype), cpu_kernel.forbid(drawn, query.dtype))
-        count, empty = int(counts.sum()) * (batch // counts.shape[0]), None
-        without = counts == 0
-        if bool(without.any()):
-            example, head, row = without.nonzero().unbind(dim=1)
-            rescued = _fallback(permitted, rows, columns, own).expand(batch, 1, -1, -1)[example, 0, row]
-            count += int(rescued.count_nonzero())
-            none = ~rescued.any(dim=-1)
-            mask[example, head, row] = cpu_kernel.forbid(rescued | none[:, None], query.dtype)
-            if bool(none.any()):
-                empty = torch.zeros(batch, heads, rows.stop - rows.start, 1, dtype=torch.bool)
-                empty[example[none], head[none], row[none]] = True
-        yield rows, columns, mask, empty, count
+class _Blocks:
+    """All blocks of an attention, one behind the other, their masks in the same memory."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor, own: bool) -> None:
+        _check(query, key, value, allowed, keep)
+        self.own, self.dtype = own, query.dtype
+        self.batch, self.heads, self.queries, _ = query.shape
+        self.allowed, self.keep = _dense(allowed), _dense(keep)
+        self.seen = masks.seen_keys(self.allowed.numpy())
+        self.step = block_rows(self.queries)
+        shared = len(self.allowed) == len(self.keep) == 1  # one mask for all examples
+        each = self.keep.shape[1] * self.step * key.shape[2] * query.element_size()
+        self.many = self.batch if shared else max(1, MASK_BYTES // max(each, 1))
+        self.room = torch.empty((1 if shared else min(self.many, self.batch)) * each // query.element_size(), dtype=query.dtype)
+
+    @property
+    def allowed_pairs(self) -> int:
+        """How many pairs of all heads the model's own mask allows."""
+        return int(self.seen[..., 2].sum(dtype=np.int64)) * (self.batch // len(self.allowed)) * self.heads
+
+    def __iter__(self) -> Iterator[_Block]:
+        for start in range(0, self.batch, self.many):
+            examples = slice(start, min(start + self.many, self.batch))
+            first = True
+            for row in range(0, self.queries, self.step):
+                yield self._block(examples, slice(row, min(row + self.step, self.queries)), first)
+                first = False
+
+    def _block(self, examples: slice, rows: slice, first: bool) -> _Block:
+        allowed, seen = (table[examples] if len(table) > 1 else table for table in (self.allowed, self.seen))
+        keep = self.keep[examples] if len(self.keep) > 1 else self.keep
+        here = seen[:, rows]
+        columns = slice(int(here[..., 0].min()), int(here[..., 1].max()))
+        if columns.stop == 0:
+            return _Block(examples, rows, columns, None, None, 0, first)
+        shape = (max(len(allowed), len(keep)), keep.shape[1], rows.stop - rows.start)
+        size = math.prod(shape) * (columns.stop - columns.start)
+        flat, empty = self.room[:size], torch.empty(math.prod(shape), dtype=torch.bool)
+        kept, without = masks.block_mask(
+            allowed.numpy(),
+            seen,
+            keep.numpy(),
+            self.own,
+            (rows.start, rows.stop),
+            (columns.start, columns.stop),
+            _FORBIDDEN[self.dtype],
+            cpu_kernel.bits(flat),
+            empty.numpy(),
+        )
+        repeats = (examples.stop - examples.start) // shape[0] * (self.heads // shape[1])
+        mask = flat.view(*shape, columns.stop - columns.start)
+        return _Block(examples, rows, columns, mask, empty.view(*shape, 1) if without else None, kept * repeats, first)
 
 
-def _fallback(permitted: Tensor, rows: slice, columns: slice, own: bool) -> Tensor:
-    """What queries keep whose allowed keys were all dropped: their own key, or all allowed ones."""
-    if not own:
-        return permitted
-    row, column = torch.arange(rows.start, rows.stop)[:, None], torch.arange(columns.start, columns.stop)
-    mine = (row == column) & permitted
-    return torch.where(mine.any(dim=-1, keepdim=True), mine, permitted)
+def _dense(mask: Tensor) -> Tensor:
+    """The mask in contiguous memory, one that is the same for all examples only once."""
+    return (mask[:1] if mask.stride(0) == 0 else mask).contiguous()
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Tensor) -> None:
@@ -182,7 +242,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Ten
     keys = key.shape[2]
     fits = key.shape == value.shape == (batch, heads, keys, features)
     fits = fits and allowed.shape[1:] == (1, queries, keys) and allowed.shape[0] in (1, batch)
-    if not fits or keep.shape[:2] != (batch, heads) or keep.shape[3] != keys or keep.shape[2] not in (1, queries):
+    if not fits or not all(have in (1, want) for have, want in zip(keep.shape, (batch, heads, queries))) or keep.shape[3:] != (keys,):
         raise ConfigError(
             f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}, {tuple(allowed.shape)}, {tuple(keep.shape)}); repeat grouped heads first"

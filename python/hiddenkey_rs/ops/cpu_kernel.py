@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,3 +34,10 @@ def like(rows: Tensor) -> Tensor:
 def forbid(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a mask is True, else -inf: what the kernel takes for a mask."""
     return torch.zeros((), dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def bits(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers of a contiguous tensor as unsigned integers of their width: NumPy has no bfloat16."""
+    if tensor.element_size() == 2:
+        return tensor.view(torch.int16).numpy().view(np.uint16)
+    return tensor.view(torch.int32).numpy().view(np.uint32)

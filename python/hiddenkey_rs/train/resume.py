@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -10,27 +11,47 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..config import HiddenKeyConfig
 from ..errors import StateError
 from ..serialise import CONFIG_NAME
+from .stream import SAMPLER_NAME
 
-_STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+# FSDP writes the optimizer's state under other names.
+_STATE = {
+    "trainer_state.json": "trainer_state.json",
+    "optimizer.pt": "optimizer*",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",
+    CONFIG_NAME: CONFIG_NAME,
+}
 
 
-def checked_checkpoint(checkpoint: str | os.PathLike[str] | bool, output_dir: str, config: HiddenKeyConfig) -> str:
+def checked_checkpoint(
+    checkpoint: str | os.PathLike[str] | bool, output_dir: str, config: HiddenKeyConfig, streamed: bool = False
+) -> str:
     """The checkpoint's folder (``True``: the last one of ``output_dir``), once it is known to be whole and to match.
 
+    Args:
+        checkpoint, output_dir: as the Trainer's. config: what will be dropped.
+        streamed: whether batches will be those of our loader.
+
     Raises:
-        StateError: no checkpoint, state missing, or another config: going on would silently train something else.
+        StateError: no checkpoint, state missing, another config or another loader: going on would silently train
+            something else.
     """
     found = get_last_checkpoint(output_dir) if checkpoint is True and os.path.isdir(output_dir) else checkpoint
     if found is None or found is True:
         raise StateError(f"there is no checkpoint to resume from (got {output_dir!r}); train without resuming first")
     folder = Path(str(found))
-    missing = [name for name in (*_STATE, CONFIG_NAME) if not (folder / name).is_file()]
-    if not any(folder.glob("rng_state*.pth")):
-        missing.append("rng_state.pth")
+    missing = [name for name, pattern in _STATE.items() if not any(folder.glob(pattern))]
+    known = (folder / SAMPLER_NAME).is_file()
+    if known and not streamed:
+        raise StateError(
+            f"the checkpoint was trained with loader='hiddenkey' (got {str(folder)!r} with {SAMPLER_NAME}); resume with it"
+        )
+    if streamed and not known:
+        missing.append(SAMPLER_NAME)
     if missing:
         raise StateError(
             f"the checkpoint lacks state (got {str(folder)!r} without {', '.join(missing)}); "
-            "resume from a folder that the trainer saved whole"
+            "resume from a folder that the trainer saved whole, with the same loader"
         )
     saved = HiddenKeyConfig.from_pretrained(folder)
     if saved != config:
@@ -40,3 +61,16 @@ def checked_checkpoint(checkpoint: str | os.PathLike[str] | bool, output_dir: st
             f"{config.to_dict()[changed[0]]!r} here); resume with the saved one"
         )
     return str(folder)
+
+
+def warn_about_generators(checkpoint: str, ranks: int, model_draws: bool) -> None:
+    """Say that torch's own dropout will not go on where it stopped, if it will not: its state is kept by rank."""
+    file = "rng_state.pth" if ranks == 1 else f"rng_state_{ranks - 1}.pth"
+    same = (Path(checkpoint) / file).is_file() and not (Path(checkpoint) / f"rng_state_{ranks}.pth").is_file()
+    if model_draws and not same:
+        warnings.warn(
+            f"the checkpoint was trained on another number of ranks (got {ranks} now), and the model's own dropout draws "
+            'from a generator on each; its masks will be others. attach with stock_dropout="off" and lora_dropout=0 to '
+            "make the run independent of ranks",
+            stacklevel=3,
+        )

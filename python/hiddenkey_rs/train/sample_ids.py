@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import DataError
 
 SAMPLE_ID = "sample_id"
-"""The column that holds an example's id. Without it an example's id is its row in the training set."""
+"""The column that holds an example's id, or one id a token. Without it an example's id is its row in the training set."""
+
+SAMPLE_POSITION = "sample_position"
+"""Beside one id a token: every token's place in its example. Without it examples are runs of equal ids."""
 
 
 class WithSampleIds(Dataset[dict[str, Any]]):
@@ -42,7 +47,12 @@ class WithSampleIds(Dataset[dict[str, Any]]):
 
 
 class SampleIdCollator:
-    """Any collator, with the examples' ids taken out before and put beside its batch after: ``sample_id`` (B,) int64."""
+    """Any collator, with the examples' ids taken out before and put beside its batch after.
+
+    ``sample_id`` is (B,) int64. It is (B, L), -1 at padding, where rows hold several examples: because a feature brings
+    one id a token, or because the collator lays examples one behind the other (``position_ids`` and no
+    ``attention_mask``). ``sample_position``, (B, L) int64, stands beside it where features bring it.
+    """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
         self.collator = collator
@@ -55,9 +65,47 @@ class SampleIdCollator:
                 f"an example has no sample id (got fields {', '.join(map(str, features[missing[0]]))}); give an iterable "
                 f"data set a {SAMPLE_ID!r} column with the examples' numbers"
             )
-        ids = torch.tensor([int(feature[SAMPLE_ID]) for feature in features], dtype=torch.int64)
-        rest = [{name: value for name, value in feature.items() if name != SAMPLE_ID} for feature in features]
-        return {**self.collator(rest), SAMPLE_ID: ids}
+        ids = [feature[SAMPLE_ID] for feature in features]
+        rest = [{name: value for name, value in feature.items() if name not in _OWN} for feature in features]
+        batch = dict(self.collator(rest))
+        by_token = [torch.as_tensor(given).dim() == 1 for given in ids]
+        if not any(by_token) and not _flattened(batch):
+            return {**batch, SAMPLE_ID: torch.tensor([int(given) for given in ids], dtype=torch.int64)}
+        spread = [
+            given if listed else [int(given)] * len(feature["input_ids"])
+            for given, listed, feature in zip(ids, by_token, features, strict=True)
+        ]
+        batch[SAMPLE_ID] = _lay(spread, batch, SAMPLE_ID)
+        if all(SAMPLE_POSITION in feature for feature in features):
+            batch[SAMPLE_POSITION] = _lay([feature[SAMPLE_POSITION] for feature in features], batch, SAMPLE_POSITION)
+        return batch
+
+
+_OWN = (SAMPLE_ID, SAMPLE_POSITION)
+
+
+def _flattened(batch: Mapping[str, Any]) -> bool:
+    """Whether the collator laid its examples one behind the other, as padding-free training wants them."""
+    return batch.get("attention_mask") is None and batch.get("position_ids") is not None
+
+
+def _lay(parts: Sequence[Any], batch: Mapping[str, Any], name: str) -> Tensor:
+    """One number a token of every feature over the batch's tokens: (B, L) int64, -1 at padding."""
+    tokens, mask = batch["input_ids"], batch.get("attention_mask")
+    flat = torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64)
+    counts = torch.tensor([len(part) for part in parts])
+    rows = counts if len(counts) == len(tokens) else counts.sum()[None]
+    if mask is None or mask.dim() != 2:  # what was added to fill a row stands behind its tokens
+        mask = torch.arange(tokens.shape[1]) < rows[:, None]
+    real = mask != 0
+    if real.shape != tokens.shape or not torch.equal(real.sum(dim=1), rows):
+        raise DataError(
+            f"the collator's batch holds other tokens than the features brought a {name} for (got rows of "
+            f"{real.sum(dim=1).tolist()} tokens, and {rows.tolist()}); do not truncate in the collator, or cut {name!r} too"
+        )
+    laid = torch.full(tokens.shape, -1, dtype=torch.int64)
+    laid[real] = flat
+    return laid
 
 
 def with_sample_ids(dataset: Any) -> Any:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from ..attachment import Handle, attach
 from ..config import HiddenKeyConfig
-from .resume import checked_checkpoint
-from .sample_ids import SAMPLE_ID, SampleIdCollator, with_sample_ids
+from . import ranks
+from .fingerprint import data_parts, run_parts
+from .loader import Loader, check_loader, stream_of, streaming
+from .resume import checked_checkpoint, warn_about_generators
+from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
+from .stores import StoreCollator, is_store
+from .stream import Stream
 
 
 class HiddenKeyTrainerMixin:
@@ -21,35 +28,47 @@ class HiddenKeyTrainerMixin:
     Takes the Trainer's arguments and:
         config: what to drop (default: HiddenKey), a :class:`~hiddenkey_rs.HiddenKeyConfig` or a preset's name.
         stock_dropout: ``"keep"`` or ``"off"``, as :func:`~hiddenkey_rs.attach`.
+        loader: who makes training batches. ``"hiddenkey"``, or a :class:`Loader` with its choices: a
+            :class:`~hiddenkey_rs.BatchSampler`, whose global batches depend on neither ranks nor micro-batches, and from
+            which a run is resumed on any number of them. ``"stock"``: the Trainer. ``"auto"``: ours for a
+            :class:`~hiddenkey_rs.TokenStore`, else the Trainer's.
 
     An example's id is its ``sample_id`` column, else its row in ``train_dataset``; an iterable data set must bring the
     column. Loss and consistency are means over the whole global batch of an optimiser step, so that splitting it into
     micro-batches changes nothing but rounding. Logs gain ``task_loss``, ``consistency_loss`` and
     ``realised_rate_<site>``. Evaluation is the stock model's. ``handle`` is the :class:`~hiddenkey_rs.Handle`.
+
+    On several ranks all of this is over all of them, whatever ``average_tokens_across_devices`` says. Before the first
+    step they compare what they hold.
     """
 
     handle: Handle
 
     def __init__(
-        self, *args: Any, config: HiddenKeyConfig | str | None = None, stock_dropout: str = "keep", **kwargs: Any
+        self,
+        *args: Any,
+        config: HiddenKeyConfig | str | None = None,
+        stock_dropout: str = "keep",
+        loader: Loader | str = "auto",
+        **kwargs: Any,
     ) -> None:
         self._hiddenkey = (config, stock_dropout)
         model = kwargs.get("model", args[0] if args else None)
-        if model is not None:  # what cannot be attached to is refused before the Trainer makes folders
-            self.handle = attach(model, config, stock_dropout)
-        try:
-            super().__init__(*args, **kwargs)
-        except BaseException:
-            if hasattr(self, "handle"):
-                self.handle.detach()
-            raise
-        if not hasattr(self, "handle"):
-            self.handle = attach(self.model, config, stock_dropout)  # type: ignore[attr-defined]
+        if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
+            attach(model, config, stock_dropout).detach()
+        super().__init__(*args, **kwargs)
+        self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
+        check_loader(self, self._loader)
         self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
+        self.data_collator = StoreCollator.around(self)
+        # Not earlier, as some trainers wrap their model or change its config.
+        self.handle = attach(self.model, config, stock_dropout)  # type: ignore[attr-defined]
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._window: dict[str, Any] = {"step": 0}
+        self._stream: Stream | None = None
+        self._checkpoint: str | None = None
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model (hyperparameter search): what was attached to the last one moves over."""
@@ -62,34 +81,62 @@ class HiddenKeyTrainerMixin:
     # -- data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> Any:
-        """The Trainer's loader, with sample ids carried around its collator."""
-        collator = self.data_collator  # type: ignore[has-type]
-        self.data_collator = SampleIdCollator(collator)
+        """The Trainer's loader, with sample ids carried around its collator, and its batches or ours."""
+        collator = self.data_collator
+        self.data_collator = StoreCollator.with_ids(collator)
         try:
-            return super().get_train_dataloader()  # type: ignore[misc]
+            loader = super().get_train_dataloader()  # type: ignore[misc]
         finally:
             self.data_collator = collator
+        with ranks.together():
+            if self._loader is not None:
+                self._stream = stream_of(self, self._loader)
+                if self._checkpoint is not None:
+                    self._stream.load(self._checkpoint)
+                loader = streaming(loader, self._stream)
+        self._compare_ranks(loader)
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, StoreCollator):  # a store holds nothing that a batch does not
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)  # type: ignore[misc]
+
+    def _compare_ranks(self, loader: Any) -> None:
+        """Before anything is shared: every rank trains the same, on the same data, for as many steps."""
+        if ranks.world_size() > 1:
+            config, (_, stock_dropout) = self.handle.config, self._hiddenkey
+            ranks.check_same(
+                {
+                    **run_parts(config, stock_dropout, self.args, self.model),  # type: ignore[attr-defined]
+                    **data_parts(self.train_dataset, "" if self._stream is None else self._stream.digest),
+                    "number of micro-batches": str(len(loader)) if has_length(loader) else "unknown",
+                    "checkpoint": os.path.basename(self._checkpoint or "none"),
+                    "loader": str(self._loader),
+                }
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         if SAMPLE_ID not in self._signature_columns:  # type: ignore[attr-defined]
-            self._signature_columns.append(SAMPLE_ID)  # type: ignore[attr-defined]
+            self._signature_columns.extend((SAMPLE_ID, SAMPLE_POSITION))  # type: ignore[attr-defined]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one optimiser step, and how many rows of all of them carry loss (on every rank)."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        # Not the Trainer's own way: it asks the other ranks only where there is a batch, so one without would hang.
+        batches = list(islice(epoch_iterator, num_batches))
         counts = [self.handle.count_items(batch) for batch in batches if batch.get("labels") is not None]
-        if not counts:
-            return batches, None
         total = torch.as_tensor(sum(counts), device=device)
         if self._scale() > 1:
-            total = self.accelerator.gather(total.reshape(1)).sum()  # type: ignore[attr-defined]
-        return batches, total
+            mine = torch.stack([total, torch.full_like(total, len(batches))])
+            every = self.accelerator.gather(mine[None])  # type: ignore[attr-defined]
+            ranks.check_even(every[:, 1].tolist(), self.state.global_step)  # type: ignore[attr-defined]
+            return batches, every[:, 0].sum()
+        return batches, total if counts else None
 
     def _scale(self) -> int:
-        """By how much DDP's averaging shrinks a loss that is a sum over all ranks."""
-        averages = self.args.average_tokens_across_devices  # type: ignore[attr-defined]
-        return int(self.accelerator.num_processes) if averages else 1  # type: ignore[attr-defined]
+        """By how much the averaging of gradients over ranks shrinks a loss that is a sum over all of them."""
+        return int(self.accelerator.num_processes)  # type: ignore[attr-defined]
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
@@ -98,10 +145,12 @@ class HiddenKeyTrainerMixin:
     ) -> Any:
         """Both passes in training, the Trainer's own loss in evaluation."""
         inputs = dict(inputs)
-        sample_ids = inputs.pop(SAMPLE_ID, None)
+        sample_ids, positions = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_POSITION, None)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        with self.handle.step(self.state.global_step, sample_ids):  # type: ignore[attr-defined]
+        if sample_ids is not None and sample_ids.dim() == 2 and self.handle.stacks[-1].role == "decoder":
+            inputs["use_cache"] = False  # with a cache, transformers lets packed examples see each other
+        with self.handle.step(self.state.global_step, sample_ids, positions):  # type: ignore[attr-defined]
             result = self.handle.compute(inputs, num_items_in_batch, model=model, task_loss=self._task_loss())
         self._note("task_loss", result.task)
         if result.consistency is not None:
@@ -121,7 +170,7 @@ class HiddenKeyTrainerMixin:
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluation never needs sample ids; a column of them must not reach the model."""
-        inputs = {name: value for name, value in inputs.items() if name != SAMPLE_ID}
+        inputs = {name: value for name, value in inputs.items() if name not in (SAMPLE_ID, SAMPLE_POSITION)}
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     # -- logs -------------------------------------------------------------------------------------------------------
@@ -133,12 +182,15 @@ class HiddenKeyTrainerMixin:
         """The Trainer's logs, with both terms (means over the steps since the last log) and the measured rates."""
         steps = self.state.global_step - self._window["step"]  # type: ignore[attr-defined]
         if "loss" in logs and steps > 0:
-            terms = {name: float(total) / steps for name, total in self._window.items() if name != "step"}
-            rates = {f"realised_rate_{site}": rate for site, rate in self.handle.realised().items()}
-            logs = {**logs, **terms, **rates}
+            terms, counts = ranks.summed(self._terms()), ranks.summed(self.handle.counted())
+            rates = {f"realised_rate_{site}": dropped / of for site, (dropped, of) in counts.items() if of}
+            logs = {**logs, **{name: total / steps for name, (total,) in terms.items()}, **rates}
             self._window = {"step": self.state.global_step}  # type: ignore[attr-defined]
             self.handle.reset_counts()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _terms(self) -> dict[str, tuple[float, ...]]:
+        return {name: (float(total),) for name, total in self._window.items() if name != "step"}
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -146,15 +198,24 @@ class HiddenKeyTrainerMixin:
         """The Trainer's save, and ``hiddenkey_config.json`` beside the adapter."""
         super().save_model(output_dir, _internal_call)  # type: ignore[misc]
         if self.args.should_save:  # type: ignore[attr-defined]
-            self.handle.config.save_pretrained(output_dir or self.args.output_dir)  # type: ignore[attr-defined]
+            folder = output_dir or self.args.output_dir  # type: ignore[attr-defined]
+            self.handle.config.save_pretrained(folder)
+            if _internal_call and self._stream is not None:
+                self._stream.save(folder)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
-        if resume_from_checkpoint:
-            folder = self.args.output_dir  # type: ignore[attr-defined]
-            resume_from_checkpoint = checked_checkpoint(resume_from_checkpoint, folder, self.handle.config)
-            self._window["step"] = int(os.path.basename(resume_from_checkpoint).rpartition("-")[2] or 0)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        with ranks.together():
+            self._checkpoint = self._resumed(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(self._checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _resumed(self, checkpoint: str | bool) -> str:
+        folder = self.args.output_dir  # type: ignore[attr-defined]
+        found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
+        own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
+        warn_about_generators(found, self._scale(), own_dropout)
+        self._window["step"] = int(os.path.basename(found).rpartition("-")[2] or 0)
+        return found
 
 
 class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):

@@ -6,6 +6,7 @@ The file (YAML)::
     protocol:
       select_rows: 500          # rows that choose the setting and the epoch, cut from the training rows left over
       select_by: metric         # the task's first metric; or: loss, or a metric's name
+      report_rows: 1000         # at most so many development rows are reported, the same for all (default: all)
       search_seeds: [0, 1]      # every method x setting x task x these
       final_seeds: [100, 101]   # the chosen setting of every method x task x these
     base: {model: minilm, rank: 16, lr: 1.0e-3, epochs: 8}      # fields of a run, see hiddenkey train --help
@@ -38,6 +39,7 @@ class Protocol:
     select_rows: int = 500
     select_from: str = "train"
     select_by: str = "metric"
+    report_rows: int | None = None
     search_seeds: tuple[int, ...] = (0,)
     final_seeds: tuple[int, ...] = (100, 101, 102)
 

@@ -95,9 +95,10 @@ class _Reader:
         if given.get("select_from", "train") not in ("train", "dev"):
             what = f"unknown select_from {given['select_from']!r}"
             raise self.source.error((*place, "select_from"), what, "use train or dev")
-        rows = given.get("select_rows", 1)
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-            raise self.source.error((*place, "select_rows"), f"select_rows is {rows!r}", "give a number of rows")
+        for name in ("select_rows", "report_rows"):
+            rows = given.get(name, 1)
+            if type(rows) is not int or rows < 1:
+                raise self.source.error((*place, name), f"{name} is {rows!r}", "give a number of rows")
         return Protocol(**given)
 
     def _selection_fits(self, by: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from ..tasks import Task
 from .lines import ResultLine
 from .plan import SEARCH, Protocol, Winners
 
-_SUBSET, _HALF = 1, 2
+_SUBSET, _HALF, _REPORT = 1, 2, 3
 """What a permutation is for: part of its seed."""
 
 
@@ -24,12 +24,14 @@ def split_rows(
     """(to fit on, to choose on, to report) of one seed. Smaller subsets of a seed are contained in its larger ones.
 
     Chosen on are training rows that no subset of this seed contains, or one fixed half of the development rows; reported
-    are development rows that nothing was chosen on.
+    are development rows that nothing was chosen on, at most ``report_rows`` of them.
 
     Raises:
         DataError: too few rows.
     """
     order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
+    if protocol.report_rows is not None and protocol.report_rows < len(dev):
+        dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[: protocol.report_rows]]
     wanted = protocol.select_rows
     if protocol.select_from == "dev":
         halves = np.random.default_rng([_HALF]).permutation(len(dev))

@@ -1,0 +1,26 @@
+"""Arguments of batches, checked once and named when they are wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
+
+
+def check_integer(value: Any, name: str, least: int, most: int, hint: str) -> int:
+    """``value`` as a plain integer in least..=most; else a :class:`ConfigError` that names it and ends in ``hint``."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not least <= value <= most:
+        raise ConfigError(f"{name} must be an integer in {least}..={most} (got {value!r}); {hint}")
+    return int(value)
+
+
+def room(count: int) -> NDArray[np.int64]:
+    """Memory for ``count`` sample numbers; a :class:`ConfigError` if there is not so much."""
+    try:
+        return np.empty(count, np.int64)
+    except (MemoryError, ValueError) as error:
+        raise ConfigError(f"so many samples do not fit into memory (got {count}: {error}); ask for fewer") from None

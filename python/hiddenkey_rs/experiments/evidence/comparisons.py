@@ -1,0 +1,211 @@
+"""The family of comparisons that the plan fixed beforehand, tested seed by seed, and what comes out in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...errors import DataError
+from ..statistics import (
+    Interval,
+    Resampled,
+    bootstrap,
+    detectable,
+    effect_size,
+    holm,
+    mean_interval,
+    seeds_needed,
+    sign_flip,
+)
+from ..tasks import Task
+from .measures import Array, Measure, values
+from .studies import Study
+
+ALPHA = 0.05
+BETTER, WORSE, OPEN, UNFINISHED = "better", "worse", "no difference shown", "unfinished"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against a baseline on one task, by the difference method - baseline of every seed that both have.
+
+    ``planned``: pairs that the plan has; ``settled``: those in which both runs are done or have failed; ``seeds``: those in
+    which both are done. Until all are settled there is no ``p``: a test that is looked at while runs come in is no test.
+    ``corrected``: Holm's over the family. ``needed``: seeds for power .8 at the effect seen, at alpha .05 and at alpha
+    divided by the family's size. ``detectable``: the true difference that these seeds find with power .8.
+    """
+
+    task: str
+    method: str
+    baseline: str
+    measure: Measure
+    planned: int
+    settled: int
+    seeds: tuple[int, ...]
+    difference: Interval | None = None
+    effect: Interval | None = None
+    p: float | None = None
+    corrected: float | None = None
+    resampled: Resampled | None = None
+    with_rows: bool = False
+    needed: tuple[int | None, int | None] = (None, None)
+    detectable: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """The difference, turned so that above 0 is better; 0 without one."""
+        if self.difference is None:
+            return 0.0
+        return -self.difference.estimate if self.measure.lower_is_better else self.difference.estimate
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` with corrected p < .05, ``no difference shown``, or ``unfinished``."""
+        if self.p is None:
+            return UNFINISHED
+        if self.corrected is None or self.corrected >= ALPHA:
+            return OPEN
+        return BETTER if self.gain > 0 else WORSE
+
+
+def family(study: Study, measure: Callable[[Task], Measure | None]) -> list[Comparison]:
+    """Every comparison of the plan on one measure, corrected together. Tasks for which ``measure`` has none are left out."""
+    sides = study.plan.comparisons
+    found = []
+    for key in study.plan.tasks:
+        task = study.plan.task_of(key)
+        wanted = measure(task)
+        for method in sides.get("against", ()) if wanted is not None else ():
+            for baseline in sides.get("baselines", ()):
+                if method != baseline and wanted is not None:
+                    found.append((key, method, baseline, wanted))
+    raw = [compare(study, *entry, size=len(found)) for entry in found]
+    corrected = holm([entry.p for entry in raw])
+    return [replace(entry, corrected=p) for entry, p in zip(raw, corrected, strict=True)]
+
+
+def compare(study: Study, task: str, method: str, baseline: str, measure: Measure, size: int = 1) -> Comparison:
+    """One comparison, tested if all its runs have come in, uncorrected. ``size``: of the family, for :attr:`needed`."""
+    found, differences = paired(study, task, method, baseline, measure)
+    whole = found.settled == found.planned and not {(task, method), (task, baseline)} & study.provisional
+    if not whole or len(differences) < 2:
+        return found
+    rows = _rows(study, found)
+    spread = differences.std(ddof=1)
+    effect = abs(differences.mean()) / spread if spread > 0 else float("nan")
+    return replace(
+        found,
+        effect=effect_size(differences),
+        p=sign_flip(differences),
+        resampled=bootstrap(differences if rows is None else rows),
+        with_rows=rows is not None,
+        needed=(seeds_needed(effect), seeds_needed(effect, alpha=ALPHA / size)),
+        detectable=detectable(differences),
+    )
+
+
+def paired(study: Study, task: str, method: str, baseline: str, measure: Measure) -> tuple[Comparison, Array]:
+    """The pairs of two methods so far, and their differences (pairs,); nothing is tested."""
+    ours, theirs = study.finals(task, method), study.finals(task, baseline)
+    most = [study.plan.methods[name].final_seeds for name in (method, baseline)]
+    planned = study.plan.protocol.final_seeds[: min([n for n in most if n is not None], default=None)]
+    settled = {item.line.seed for item in ours} & {item.line.seed for item in theirs} & set(planned)
+    left, right = values(measure, ours), values(measure, theirs)
+    seeds = tuple(seed for seed in planned if seed in left and seed in right)
+    differences = np.array([left[seed] - right[seed] for seed in seeds])
+    interval = mean_interval(differences) if seeds else None
+    return Comparison(task, method, baseline, measure, len(planned), len(settled), seeds, interval), differences
+
+
+def _rows(study: Study, comparison: Comparison) -> Array | None:
+    """(seeds, rows) differences, where the measure is a mean over rows."""
+    task = study.plan.task_of(comparison.task)
+    tables = []
+    for method in (comparison.method, comparison.baseline):
+        runs = {item.line.seed: item for item in study.finals(comparison.task, method)}
+        rows = [comparison.measure.rows(runs[seed], task) for seed in comparison.seeds]
+        kept = [row for row in rows if row is not None]
+        if len(kept) < len(rows):
+            return None
+        if len({len(row) for row in kept}) > 1:
+            places = (
+                f"{[len(row) for row in kept]} rows of {comparison.task}/{method}, {runs[comparison.seeds[0]].place}"
+            )
+            raise DataError(f"runs were reported on different rows (got {places}); run them on the same data")
+        tables.append(np.stack(kept))
+    if tables[0].shape != tables[1].shape:
+        shapes = f"{tables[0].shape[1]} and {tables[1].shape[1]} of {comparison.task}"
+        raise DataError(f"methods were reported on different rows (got {shapes}); run them on the same data")
+    return tables[0] - tables[1]
+
+
+def outcome(study: Study, found: list[Comparison]) -> list[str]:
+    """What the family says, in sentences that claim no more than its corrected p-values; the first is the outcome.
+
+    ``found``: the family on the tasks' metrics, of :func:`family`.
+    """
+    if not found:
+        return [f"{study.name}: the plan fixed no family of comparisons, so nothing is tested here."]
+    tested = [entry for entry in found if entry.verdict != UNFINISHED]
+    lacking = f"{len(found) - len(tested)} of {_count(len(found), 'comparison')} lack runs"
+    if not tested:
+        return [f"{study.name}: nothing can be said yet, {lacking}."]
+    said = "; ".join(_said(method, found) for method in dict.fromkeys(entry.method for entry in found))
+    rest = f"; {lacking}" if len(tested) < len(found) else ""
+    how = (
+        f"Measured by {_and(list(dict.fromkeys(entry.measure.name for entry in found)))} at the chosen epoch; better and worse "
+        f"mean p < .05 of paired sign flips after Holm's correction over {_count(len(found), 'comparison')}."
+    )
+    return [sentence for sentence in (f"{study.name}: {said}{rest}.", how, _too_few(found)) if sentence]
+
+
+def _said(method: str, found: list[Comparison]) -> str:
+    own = [entry for entry in found if entry.method == method]
+    tasks = len(dict.fromkeys(entry.task for entry in own))
+    baselines = list(dict.fromkeys(entry.baseline for entry in own))
+    wins = {name: sum(e.verdict == BETTER for e in own if e.baseline == name) for name in baselines}
+    losses = {name: sum(e.verdict == WORSE for e in own if e.baseline == name) for name in baselines}
+    everywhere = _count(tasks, "task")
+    if not any(wins.values()):
+        text = f"'{method}' is not shown to be better than {_or([repr(name) for name in baselines])} on any of {everywhere}"
+    else:
+        text = f"'{method}' is better than " + _and([f"'{name}' on {wins[name]} of {everywhere}" for name in baselines])
+    worse = [f"'{name}' on {count}" for name, count in losses.items() if count]
+    return text + (f", and worse than {_and(worse)}" if worse else "")
+
+
+def _too_few(found: list[Comparison]) -> str:
+    """That a family could not have shown anything: the smallest p of n seeds, times the family, is not below .05."""
+    short = [entry for entry in found if len(found) * 2.0 ** (1 - entry.planned) >= ALPHA]
+    if not short:
+        return ""
+    seeds = _and(list(dict.fromkeys(str(entry.planned) for entry in short)))
+    which = "No" if len(short) == len(found) else f"{len(short)} of the"
+    verb = "comparison can" if which == "No" else "comparisons cannot"
+    return f"{which} {verb} reach that p with the {seeds} seeds planned, whatever the differences are."
+
+
+def losses(study: Study, found: list[Comparison]) -> str:
+    """How the last loss compares, in a sentence; empty without a finished comparison. ``found``: the family on that loss."""
+    said = []
+    for method, baseline in dict.fromkeys((entry.method, entry.baseline) for entry in found):
+        own = [e for e in found if (e.method, e.baseline) == (method, baseline) and e.verdict != UNFINISHED]
+        if own:
+            lower, sure = sum(entry.gain > 0 for entry in own), sum(entry.verdict == BETTER for entry in own)
+            of = f"{lower} of {_count(len(own), 'task')}"
+            said.append(f"'{method}' ends lower than '{baseline}' on {of} (corrected p < .05 on {sure})")
+    return f"{study.name}, loss of the reported rows at the last epoch: {'; '.join(said)}." if said else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _and(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)

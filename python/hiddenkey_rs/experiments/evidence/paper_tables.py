@@ -1,0 +1,94 @@
+"""Tables in the paper's layout: its numbers beside ours."""
+
+from __future__ import annotations
+
+from ..sweep.plan import SEARCH, Plan
+from . import paper
+from .measures import Measure, at, values
+from .render import Table
+from .studies import Study
+from .tables import NONE, spread_text
+
+_OTHER_KINDS = ("rank", "weight_decay", "epochs", "lora_dropout", "stock_rate", "rank_dropout")
+"""What makes a method of the plan a control and none of the paper's."""
+
+
+def methods_of(plan: Plan) -> dict[str, str]:
+    """The paper's methods in a plan: the paper's name -> the plan's. A control with the same drops is none of them."""
+    found: dict[str, str] = {}
+    for name, method in plan.methods.items():
+        trial = plan.trial(SEARCH, next(iter(plan.tasks)), name, 0, 0)
+        dropped = {"lora_dropout", "stock_rate", "rank_dropout"} & set().union(*method.settings)
+        known = paper.name_of(trial.config.drops())
+        if known is not None and not dropped and not set(_OTHER_KINDS) & set(method.common):
+            found.setdefault(known, name)
+    return found
+
+
+def paper_tables(study: Study) -> list[Table]:
+    """Those of the paper's tables of which the plan has a method besides the baseline, and one of generated texts."""
+    held, found = methods_of(study.plan), []
+    tasks = [task for task in study.plan.tasks if study.plan.task_of(task).kind != "lm"]
+    for layout in paper.LAYOUTS if tasks else ():
+        if any(name in held for name in layout.methods if name != "none"):
+            found.append(_scores(study, layout, tasks, held))
+    texts = [_texts(study, task, held) for task in study.plan.tasks if study.plan.task_of(task).kind == "lm"]
+    return found + [table for table in texts if table is not None]
+
+
+def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> Table:
+    model = str(study.plan.base.get("model", "minilm"))
+    columns, rows = ["method"], []
+    for task in tasks:
+        columns += [f"{task}, ours", f"{study.plan.task_of(task).name}, paper"]
+    for name in layout.methods:
+        if name not in held:
+            continue
+        cells = []
+        for task in tasks:
+            measure = Measure(study.plan.task_of(task).metric)
+            cells.append(spread_text(measure, values(measure, study.finals(task, held[name]))))
+            cells.append(_printed(paper.score(name, study.plan.task_of(task).name, model)))
+        rows.append((name if name == held[name] else f"{name} ({held[name]})", *cells))
+    theirs = "LLaMA2-7B" if "llama" in model.lower() else "RoBERTa-large"
+    caption = (
+        f"Ours: {model}, mean (standard deviation) over final seeds, setting and epoch chosen off the reported rows. The "
+        f"paper's: {theirs} on whole training sets, median of 5 seeds (standard deviation), every cell the best of 6 to 8 "
+        "rates on the reported rows themselves. Levels are not comparable; the order of methods is."
+    )
+    return Table(f"paper-{layout.key}", f"As in the paper: {layout.title}", caption, tuple(columns), tuple(rows))
+
+
+def _printed(found: tuple[float, float | None] | None) -> str:
+    if found is None:
+        return NONE
+    return f"{found[0]:.2f}" if found[1] is None else f"{found[0]:.2f} ({found[1]:.2f})"
+
+
+def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
+    """A decoder's task: the metrics of generated texts that runs have at their chosen epoch."""
+    runs = {method: [i for i in study.finals(task, method) if i.done] for method in study.plan.methods}
+    figures = dict.fromkeys(name for items in runs.values() for i in items for name in at(i.line, "chosen")["report"])
+    names = [name for name in figures if name not in ("loss", "token_accuracy")]
+    if not set(names) - {"perplexity"}:
+        return None
+    theirs = {
+        method: paper.TEXTS.get(known, {}).get(study.plan.task_of(task).name, {}) for known, method in held.items()
+    }
+    columns, rows = ["method"], []
+    for name in names:
+        columns += [f"{name}, ours", f"{name}, paper"] if any(name in entry for entry in theirs.values()) else [name]
+    for method, items in runs.items():
+        cells = []
+        for name in names:
+            measure = Measure(name)
+            cells.append(spread_text(measure, values(measure, items)))
+            if any(name in entry for entry in theirs.values()):
+                value = theirs.get(method, {}).get(name)
+                cells.append(NONE if value is None else f"{value:g}")
+        rows.append((method, *cells))
+    caption = (
+        "Ours: mean (standard deviation) over final seeds, of texts generated at the chosen epoch. The paper's: GPT2-Medium, "
+        "mean of 3 seeds; its ROUGE-L is the challenge's script's."
+    )
+    return Table(f"paper-{task}", f"As in the paper: {task}, generated texts", caption, tuple(columns), tuple(rows))

@@ -1,0 +1,311 @@
+"""The report's tables: what was run, what came out, what it cost, and how to run it again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import median, stdev
+from typing import Any
+
+from ..statistics import Interval, mean_interval
+from ..sweep.lines import per_example
+from ..sweep.plan import CURVE, FINAL, SEARCH
+from .comparisons import Comparison, paired
+from .measures import Measure, measures, values
+from .render import Table
+from .studies import Found, Study
+
+NONE = "–"
+
+
+def coverage(study: Study) -> Table:
+    """Trials done of those planned, for every task and method, and what is missing."""
+    stages = {"search": SEARCH, "final": FINAL, "curves": CURVE}
+    rows = []
+    for task in study.plan.tasks:
+        for method in study.plan.methods:
+            counts, lacking = [], []
+            for name, stage in stages.items():
+                planned = [cell for cell, _ in study.expected[stage] if cell == (task, method)]
+                missing = [trial for cell, trial in study.missing[stage] if cell == (task, method)]
+                counts.append(f"{len(planned) - len(missing)}/{len(planned)}" if planned else NONE)
+                lacking += [name] if missing else []
+            failed = [item for item in study.failed() if (item.line.task, item.line.method) == (task, method)]
+            notes = [f"missing: {', '.join(lacking)}"] if lacking else ["complete"]
+            notes += ["setting provisional, its search is not finished"] if (task, method) in study.provisional else []
+            notes += [_failure(item) for item in failed]
+            rows.append((task, method, *counts, str(len(failed)), "; ".join(notes)))
+    caption = "Trials done of those planned. A failed trial stays in the count of what is missing."
+    columns = ("task", "method", *stages, "failed", "state")
+    return Table("coverage", "Trials", caption, columns, tuple(rows))
+
+
+def _failure(item: Found) -> str:
+    line = item.line
+    return f"{line.id} failed: {line.error}" if line.step is None else f"{line.id} diverged at step {line.step}"
+
+
+def overview(study: Study) -> Table:
+    """Methods x tasks: the metric at the chosen epoch."""
+    rows = []
+    for method in study.plan.methods:
+        cells = []
+        for task in study.plan.tasks:
+            measure = Measure(study.plan.task_of(task).metric)
+            cells.append(_mean(measure, values(measure, study.finals(task, method))))
+        rows.append((method, *cells))
+    heads = [f"{task}: {study.plan.task_of(task).metric}" for task in study.plan.tasks]
+    caption = (
+        "Mean over final seeds ± half of Student's 95 % interval, on the reported rows, at the epoch that the selection rows "
+        "chose; in brackets the seeds where runs are missing. The interval tells how much runs differ; methods are compared "
+        "by the paired differences below, which are far more certain."
+    )
+    return Table("overview", "Scores", caption, ("method", *heads), tuple(rows))
+
+
+def _mean(measure: Measure, found: Mapping[int, float], planned: int | None = None) -> str:
+    if not found:
+        return NONE
+    text = measure.interval(mean_interval(list(found.values())))
+    return text if planned is None or len(found) == planned else f"{text} ({len(found)} seeds)"
+
+
+def detail(study: Study, task: str, family: list[Comparison]) -> Table:
+    """One task: every method's figures, and its difference to every baseline."""
+    kind, metric = study.plan.task_of(task), Measure(study.plan.task_of(task).metric)
+    shown, baselines = measures(kind), study.plan.comparisons.get("baselines", ())
+    tested = {(entry.method, entry.baseline): entry for entry in family if entry.task == task}
+    rows = []
+    for method in study.plan.methods:
+        runs = study.finals(task, method)
+        number = study.settings.get((task, method))
+        setting = NONE if number is None else setting_text(study.plan.methods[method].settings[number])
+        cells = [_mean(measure, values(measure, runs)) for measure in shown]
+        for baseline in baselines:
+            cells.append(_against(study, task, method, baseline, metric, tested.get((method, baseline))))
+        rows.append((method, setting, str(sum(item.done for item in runs)), *cells))
+    columns = ["method", "setting chosen", "seeds", *(measure.title for measure in shown)]
+    columns += [f"difference to {baseline}" for baseline in baselines]
+    caption = (
+        "Means over final seeds ± half of the 95 % interval; scores and ECE in percent, losses per row. The gap is the loss "
+        f"of the reported rows less that of the rows fitted on. Differences are of {metric.name} at the chosen epoch, paired "
+        "by seed, with their 95 % interval; for the family fixed beforehand, and for nothing else, they have Holm's p, and the "
+        "number of seeds that would find such a difference with power .8 (alpha .05)."
+    )
+    return Table(f"task-{task}", f"{task}: all figures", caption, tuple(columns), tuple(rows))
+
+
+def _against(study: Study, task: str, method: str, baseline: str, metric: Measure, tested: Comparison | None) -> str:
+    if method == baseline:
+        return ""
+    found = tested or paired(study, task, method, baseline, metric)[0]
+    if found.difference is None:
+        return NONE
+    difference = metric.interval(found.difference, signed=True)
+    if tested is None:
+        return difference
+    if tested.p is None:
+        return f"{difference} unfinished"
+    return f"{difference} p {p_text(tested.corrected)}; {seeds_text(tested)} seeds"
+
+
+def tests(study: Study, key: str, title: str, caption: str, family: list[Comparison]) -> Table:
+    """Every comparison of a family: difference, effect size, p-values, and what the seeds could have found."""
+    rows = []
+    for entry in family:
+        measure = entry.measure
+        pairs = str(entry.planned) if len(entry.seeds) == entry.planned else f"{len(entry.seeds)} of {entry.planned}"
+        size, drawn = entry.effect, entry.resampled
+        sized = NONE if size is None or math.isnan(size.estimate) else _interval(size.estimate, size.low, size.high)
+        resampled = NONE
+        if drawn is not None:
+            bounds = f"[{measure.write(drawn.low, True)}, {measure.write(drawn.high, True)}]"
+            resampled = f"{p_text(drawn.p)} {bounds}{'' if entry.with_rows else ' seeds only'}"
+        rows.append(
+            (
+                entry.task,
+                f"{entry.method} − {entry.baseline}",
+                entry.verdict,
+                pairs,
+                NONE if entry.difference is None else measure.interval(entry.difference, signed=True),
+                p_text(entry.p),
+                p_text(entry.corrected),
+                sized,
+                resampled,
+                seeds_text(entry),
+                measure.write(entry.detectable),
+            )
+        )
+    columns = (
+        *("task", "difference", "verdict", "pairs", "mean [95 %]", "p", "p, Holm", "Hedges' g [95 %]"),
+        *("bootstrap p [95 %]", "seeds for power .8", "detectable"),
+    )
+    return Table(key, title, caption, columns, tuple(rows))
+
+
+def costs(study: Study) -> Table:
+    """Time and memory of every method on every task."""
+    rows = []
+    for task in study.plan.tasks:
+        held = {method: _timed(study, task, method) for method in study.plan.methods}
+        first = (*study.plan.comparisons.get("baselines", ()), *study.plan.methods)[0]
+        base = _median(held[first], "seconds_per_step")
+        for method, runs in held.items():
+            step = _median(runs, "seconds_per_step")
+            memory = max((item.line.peak_rss_mb or 0.0 for item in runs), default=0.0)
+            rows.append(
+                (
+                    task,
+                    method,
+                    NONE if step is None else f"{step:.4g}",
+                    NONE if step is None or not base else f"{step / base:.2f}",
+                    _number(_median(runs, "examples_per_second"), ".0f"),
+                    f"{memory:.0f}" if memory else NONE,
+                    _number(_median(runs, "seconds"), ".0f"),
+                    str(len(runs)),
+                )
+            )
+    columns = ("task", "method", "seconds a step", f"times {first}", "examples/s", "peak MB", "seconds a run", "runs")
+    caption = (
+        "Medians over runs (final ones, else those of the search), evaluation left out of a step. Peak memory is that of the "
+        "process, which runs several trials one after the other: an upper bound. Runs that shared a machine disturbed each "
+        "other's times."
+    )
+    return Table("costs", "Cost", caption, columns, tuple(rows))
+
+
+def _timed(study: Study, task: str, method: str) -> list[Found]:
+    finals = [item for item in study.finals(task, method) if item.done]
+    return finals or [i for i in study.stage(SEARCH) if i.done and (i.line.task, i.line.method) == (task, method)]
+
+
+def _median(runs: list[Found], name: str) -> float | None:
+    held = [float(value) for item in runs if (value := getattr(item.line, name)) is not None]
+    return median(held) if held else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return NONE if value is None else format(value, form)
+
+
+def curve_points(study: Study, key: str) -> list[dict[str, Any]]:
+    """One entry a (task, method, value) of a curve: ``runs``, and of the metric and the last loss an interval."""
+    curve, found = study.plan.curves[key], []
+    for task in curve.tasks:
+        metric, loss = Measure(study.plan.task_of(task).metric), Measure("loss", "last")
+        for method in curve.methods:
+            for value in curve.values:
+                held = study.along(key, task, method, value)
+                entry: dict[str, Any] = {"task": task, "method": method, "value": value, "runs": 0}
+                for name, measure in (("metric", metric), ("loss", loss)):
+                    figures = list(values(measure, held).values())
+                    entry[name] = _band(figures) if figures else None
+                    entry["runs"] = len(figures)
+                found.append(entry)
+    return found
+
+
+def _band(figures: list[float]) -> Interval:
+    """Student's interval; of fewer than three runs, of which it says nothing, what they reach."""
+    if len(figures) > 2:
+        return mean_interval(figures)
+    return Interval(sum(figures) / len(figures), min(figures), max(figures))
+
+
+def curve_table(study: Study, key: str) -> Table:
+    """A curve's points as numbers."""
+    curve = study.plan.curves[key]
+    rows = []
+    for point in curve_points(study, key):
+        metric, loss = Measure(study.plan.task_of(point["task"]).metric), Measure("loss", "last")
+        figures = [NONE if f is None else m.interval(f) for m, f in ((metric, point["metric"]), (loss, point["loss"]))]
+        rows.append(
+            (point["task"], point["method"], f"{point['value']}", *figures, f"{point['runs']}/{len(curve.seeds)}")
+        )
+    columns = ("task", "method", curve.vary, "metric, chosen epoch", "loss, last epoch", "runs")
+    caption = (
+        "Mean ± half of the 95 % interval over seeds (of fewer than three runs: of their range); everything but the value "
+        "varied is as the search chose it."
+    )
+    return Table(f"curve-{key}", f"Curve {key}: the numbers", caption, columns, tuple(rows), folded=True)
+
+
+def cell_commands(study: Study) -> Table:
+    """Of every cell of the tables its seeds, and the command of its first run."""
+    rows = []
+    for task in study.plan.tasks:
+        for method in study.plan.methods:
+            runs = study.finals(task, method) or _timed(study, task, method)
+            if runs:
+                seeds = ", ".join(str(item.line.seed) for item in runs)
+                rows.append((f"{task}: {method}", runs[0].line.command or NONE, f"{runs[0].line.stage}: {seeds}"))
+    caption = (
+        "The command of each cell's first run; the other seeds differ in the id. Finals and curves need the lines of their "
+        "search in the same folder. Without --only the command runs all of the plan."
+    )
+    return Table("commands", "Commands", caption, ("cell", "command", "stage: seeds"), tuple(rows))
+
+
+def run_commands(study: Study) -> Table:
+    """Of every run its command."""
+    order = {SEARCH: 1, FINAL: 0, CURVE: 2}
+    items = sorted(study.found.values(), key=lambda item: (order[item.line.stage], item.line.id))
+    rows = tuple(
+        (item.line.id, item.line.command or NONE, item.line.status, item.line.commit or NONE) for item in items
+    )
+    caption = "Every run's command, commit and end; final runs first."
+    return Table("every-run", "Every run", caption, ("trial", "command", "status", "commit"), rows, folded=True)
+
+
+def rows_of(study: Study) -> Table:
+    """What each task's runs were fitted to and reported on."""
+    rows = []
+    for key in study.plan.tasks:
+        done = [item for item in study.found.values() if item.done and item.line.task == key]
+        fitted = sorted({item.line.train_size for item in done if item.line.train_size is not None})
+        shown = sorted({len(per_example(item.line, "last")[1]) for item in done if "last" in item.line.examples})
+        task = study.plan.task_of(key)
+        cells = [", ".join(map(str, counts)) or NONE for counts in (fitted, shown)]
+        rows.append((key, task.name, *cells, task.metric, "low" if task.lower_is_better else "high"))
+    columns = ("task", "data set", "rows fitted on", "rows reported", "metric", "good is")
+    return Table("rows", "Tasks", "", columns, tuple(rows))
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """A setting in words: ``rate 0.1``."""
+    return (
+        ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items()
+        )
+        or "the only one"
+    )
+
+
+def spread_text(measure: Measure, found: Mapping[int, float]) -> str:
+    """``mean (standard deviation)``, as the paper prints its cells."""
+    if not found:
+        return NONE
+    held = list(found.values())
+    middle = measure.write(sum(held) / len(held))
+    return f"{middle} ({measure.write(stdev(held))})" if len(held) > 1 else middle
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to three digits.
+
+    Example:
+        >>> p_text(0.0312), p_text(0.00001), p_text(None)
+        ('0.031', '<0.001', '–')
+    """
+    return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def seeds_text(entry: Comparison) -> str:
+    """Seeds for power .8 at the difference seen."""
+    if entry.p is None:
+        return NONE
+    return "∞" if entry.needed[0] is None else str(entry.needed[0])
+
+
+def _interval(middle: float, low: float, high: float) -> str:
+    return f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]".replace("-", "−")

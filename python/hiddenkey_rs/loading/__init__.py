@@ -1,0 +1,1 @@
+"""From tokens in Arrow to batches: the store, the sampler, the collator and the loader."""
