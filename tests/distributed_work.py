@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import transformers as tf
 from torch import distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import families
 import hiddenkey_rs as hk
@@ -63,7 +66,7 @@ def shard_on_cpus() -> None:
 def trainer(spec: dict[str, Any]) -> hk.HiddenKeyTrainer:
     """A trainer as ``spec`` says; see :func:`train`."""
     family = spec.get("family", "bert")
-    if spec.get("arguments", {}).get("fsdp"):
+    if spec.get("arguments", {}).get("fsdp") and spec.get("patched", True):
         shard_on_cpus()
     arguments = {
         "per_device_train_batch_size": 4,
@@ -137,6 +140,60 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     return {"logged": logged, "drawn": drawn, "weights": {name: value.numpy() for name, value in weights.items()}}
 
 
+def gradients(spec: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of one global batch in a loop of one's own, by name, and how many tokens this rank's masks dropped.
+
+    ``spec``: family, config, ``wrap`` (``none``, ``ddp``, or where ``fully_shard`` is applied: ``layers``, ``root``, ``head``,
+    ``first`` = layers, before attaching), ``accumulation``, ``checkpointing``, ``bf16``.
+    """
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    family, wrap = spec["family"], spec.get("wrap", "none")
+    model = families.build(family, **({} if family == "t5" else {"initializer_range": 0.2}))
+    if spec.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if wrap == "first":
+        _shard(model, wrap, spec)
+    handle = hk.attach(model, spec.get("config", CONFIG), stock_dropout="off")
+    if wrap in ("layers", "root", "head"):
+        _shard(model, wrap, spec)
+    called = DistributedDataParallel(model) if wrap == "ddp" else model
+    data = store(rows("bert" if family == "bert" else "llama", spec.get("rows", 7)))
+    accumulation = spec.get("accumulation", 1)
+    sampler = hk.BatchSampler(data, batch_size=8, accumulation=accumulation, rank=rank, world_size=world)
+    collate = Collator()
+    batches = [collate(data.__getitems__(micro)) for micro in sampler]
+    total = torch.as_tensor(sum(handle.count_items(batch) for batch in batches))
+    if world > 1:
+        distributed.all_reduce(total)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        if wrap not in ("none", "ddp"):
+            model.set_requires_gradient_sync(last)
+        with called.no_sync() if wrap == "ddp" and not last else nullcontext():
+            with handle.step(3, batch.pop("sample_id")):
+                loss = handle.compute(batch, total, model=called).loss * world  # the ranks' gradients are averaged
+            loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            found[name] = grad.clone().numpy()
+    return {"gradients": found, "counted": handle.counted(), "padded": sum(list(rows) == [-1] for rows in sampler)}
+
+
+def _shard(model: Any, wrap: str, spec: dict[str, Any]) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if spec.get("bf16") else MixedPrecisionPolicy()
+    if wrap != "root":
+        for module in list(model.modules()):
+            if type(module).__name__ in ("BertLayer", "LlamaDecoderLayer", "T5Block"):
+                fully_shard(module, mp_policy=policy)
+    if wrap == "head":
+        fully_shard(model.lm_head, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
 def train_as(specs: list[dict[str, Any]]) -> dict[str, Any]:
     """:func:`train` as this rank's own specification says."""
     return train(specs[int(os.environ["RANK"])])
@@ -157,3 +214,36 @@ def train_uneven(spec: dict[str, Any]) -> None:
     examples = rows("bert", 24 - 8 * int(os.environ["RANK"]))
     arguments = {**spec.get("arguments", {}), "max_steps": 20, "accelerator_config": {"dispatch_batches": False}}
     train({**spec, "data": Stream(examples), "store": False, "loader": "stock", "arguments": arguments})
+
+
+def command(arguments: list[str], sharded: bool = False) -> int:
+    """The command line's exit code."""
+    from hiddenkey_rs.cli.main import main
+
+    if sharded:
+        shard_on_cpus()
+    return main(arguments)
+
+
+def first_fsdp() -> None:
+    """A step through FSDP's first version."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    distributed.init_process_group("gloo")
+    model = families.build("llama")
+    handle = hk.attach(model, CONFIG, stock_dropout="off")
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    with handle.step(0, [0, 1, 2]):
+        handle.compute(families.batch("llama"), model=wrapped)
+
+
+def silent() -> None:
+    """Rank 1 falls silent; rank 0 waits for it."""
+    from hiddenkey_rs.train.heartbeat import heartbeat
+
+    distributed.init_process_group("gloo")
+    with heartbeat(beat=0.2, silence=2.0):
+        distributed.barrier()
+        if distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        distributed.barrier()

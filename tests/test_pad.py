@@ -72,7 +72,6 @@ def test_batches_are_the_reference(
     data, chosen, labels, types, ids, left, mask, positions, pad, multiple, max_length, joined
 ) -> None:
     rows = [row if row == -1 else row % len(data.lengths) for row in chosen]
-    left &= not joined
     layout = Layout(pad, left, multiple, max_length, None, mask, positions, copy_labels=labels == "tokens")
     gatherer = Gatherer(data.source(labels == "column", types, ids), layout)
     documents = [reference.document(data.offsets, row, max_length) for row in rows]
@@ -84,7 +83,7 @@ def test_batches_are_the_reference(
         grouped,
         width,
         pad=pad,
-        left=left,
+        left=left and not joined,
         joined=joined,
         labels=data.labels if labels == "column" else None,
         types=data.types,

@@ -184,10 +184,24 @@ def test_stopped_anywhere_the_same_weights_come_out(
     assert a.keys() == b.keys()
 
 
+def test_stopped_before_the_first_checkpoint_it_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("bpe_tokenizer", "_step"):
+        with monkeypatch.context() as patched:
+            patched.setattr(pretrain, place, killed)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain.pretrain(TINY, ROWS, ROWS[:4], tmp_path)
+    assert pretrain.pretrain(TINY, ROWS, ROWS[:4], tmp_path)["finished"]
+
+
 def test_another_recipe_does_not_go_on(tmp_path: Path) -> None:
     pretrain.pretrain(TINY, ROWS, ROWS[:4], tmp_path / "a", stop_after=1)
     with pytest.raises(StateError, match=r"made another choice \(got lr=0.5, it has 0.002\)"):
         pretrain.pretrain(replace(TINY, lr=0.5), ROWS, ROWS[:4], tmp_path / "a")
+    with pytest.raises(StateError, match=r"read another text \(got sha256 [0-9a-f]{12}, it has"):
+        pretrain.pretrain(TINY, ROWS[:-1], ROWS[:4], tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "letter.txt").write_text("dear")
     with pytest.raises(StateError, match="holds other files"):

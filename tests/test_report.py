@@ -72,7 +72,10 @@ def test_the_outcome_is_that_of_the_lines(study: Study) -> None:
     ]
     assert all(entry.verdict == "better" for entry in found)
     said, how = outcome(study, found)
-    assert said == "synthetic: 'hiddenkey' is better than 'none' on 2 of 2 tasks and 'lora-dropout' on 2 of 2 tasks."
+    assert (
+        said
+        == "synthetic: 'hiddenkey' is better than 'none' on 2 of 2 tasks and 'lora-dropout' on 2 of 2 tasks, than both on 2."
+    )
     assert "accuracy and pearson" in how
     assert "over 4 comparisons" in how
 
@@ -161,8 +164,8 @@ def test_a_family_is_open_until_its_runs_have_come_in(tmp_path: Path) -> None:
     assert open_.difference is not None  # said, but not tested
     assert [entry.corrected for entry in rest] == [pytest.approx(4 * 2 / 2**12)] * 3
     assert outcome(study, found)[0] == (
-        "synthetic: 'hiddenkey' is better than 'none' on 1 of 2 tasks and 'lora-dropout' on 2 of 2 tasks; 1 of 4 comparisons "
-        "lack runs."
+        "synthetic: 'hiddenkey' is better than 'none' on 1 of 2 tasks and 'lora-dropout' on 2 of 2 tasks, than both on 1; "
+        "1 of 4 comparisons lack runs."
     )
     assert "synthetic is unfinished: 4 of 152 trials are missing" in outcomes(study, families(study))[-1]
     assert [name for _, name in study.missing["final"]] == [
@@ -173,6 +176,7 @@ def test_a_family_is_open_until_its_runs_have_come_in(tmp_path: Path) -> None:
     assert rows["stsb-500", "none"][-1] == "complete"
     text = markdown(detail(study, "mrpc-1000", found))
     assert "] unfinished |" in text
+    assert " (8 seeds) |" in markdown(overview(study))
     assert any(f"hiddenkey sweep {tmp_path}" in str(block) for block in sections(study, [], None)[1].blocks)
 
 

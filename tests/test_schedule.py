@@ -161,8 +161,8 @@ def test_windows_by_default() -> None:
     for budget in (100, 1000, 10_000):
         schedule = Schedule.of(lengths, token_budget=budget)
         batches = [len(window) for window in epoch_batches(schedule)]
-        assert min(batches) >= 60 or len(batches) == 1
-        assert max(batches) < 130
+        assert min(batches) >= 50 or len(batches) == 1
+        assert max(batches) < 110
 
 
 def test_by_tokens_little_is_padding() -> None:
@@ -303,6 +303,9 @@ def test_tokens_need_lengths() -> None:
     ):
         Schedule.of(4, token_budget=9)
     Schedule.of(2**62, batch_size=2**31)
+    assert Schedule.of(9, batch_size=2, window=5).windows == 5, "without lengths nothing is sorted"
+    with pytest.raises(ConfigError, match=r"window .*got 'x'"):
+        Schedule.of(9, batch_size=2, window="x")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"batch_size must be an integer in 1\.\.=2147483648 \(got 2147483649\)"):
         Schedule.of(2**62, batch_size=2**31 + 1)
 

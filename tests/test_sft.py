@@ -116,6 +116,10 @@ def test_a_documents_parts_keep_their_places(strategy: str, tmp_path: Path) -> N
                 assert np.array_equal(keep[:, :length], full[:, :length])
             parts.add((sample, length))
     assert len(parts) > 12, "no document was cut"
+    # A part's places go on counting: the last one ends where its document does.
+    assert {sample: max(n for s, n in parts if s == sample) for sample, _ in parts} == {
+        sample: 4 + 2 * (sample % 5) for sample in range(12)
+    }
 
 
 def conversation(number: int) -> list[dict[str, str]]:

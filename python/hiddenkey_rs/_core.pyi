@@ -122,7 +122,7 @@ def gather(
         NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]] | None, NDArray[np.int64] | None
     ],
     numbers: tuple[int, int, int],
-    flags: tuple[bool, bool, bool, bool, bool],
+    flags: tuple[bool, bool, bool, bool],
     samples: tuple[NDArray[np.int64] | None, NDArray[np.int64]],
     out: NDArray[np.int64],
 ) -> tuple[NDArray[np.int32], int] | None: ...

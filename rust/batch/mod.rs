@@ -3,6 +3,7 @@
 pub mod order;
 pub mod pack;
 pub mod pad;
+mod place;
 pub mod rows;
 pub mod schedule;
 pub mod share;

@@ -4,6 +4,7 @@
 //! length are alike, and so are rows that hold the same lengths: what is placed are numbers of documents into runs of
 //! equal rows, so that the work hardly depends on how many documents there are. Numbers are dealt out at the end.
 
+use super::place::Placed;
 use crate::error::{Error, Result};
 use crate::threads::Run;
 
@@ -66,11 +67,11 @@ pub fn pack<L: Length>(run: &Run<'_>, lengths: &[L], capacity: u64, too_long: To
     if pieces > u64::from(u32::MAX) {
         return Err(Error::Pieces(pieces));
     }
+    let placed = Placed::first_fit(run, &histogram, capacity as usize)?;
     stop(run)?;
-    let rows = place(&histogram, capacity as usize);
     let (sorted, begins) = sort(lengths, &histogram, capacity, too_long);
     stop(run)?;
-    let mut packing = deal(&rows, &sorted, begins, too_long == TooLong::Split);
+    let mut packing = deal(&placed, &sorted, begins, too_long == TooLong::Split);
     packing.tokens = (0..).zip(&histogram).map(|(length, count)| length * count).sum();
     packing.starts = starts(lengths, &packing, capacity as i64);
     Ok(packing)
@@ -113,126 +114,6 @@ fn histogram<L: Length>(lengths: &[L], capacity: u64, too_long: TooLong) -> Resu
     }
 }
 
-/// Equal rows that stand one behind the other.
-#[derive(Debug, Clone, Copy)]
-struct Rows {
-    space: usize,
-    count: usize,
-    /// What was placed last in each of them: an index into [`Placed::layers`].
-    top: usize,
-}
-
-/// Documents of one length in a row, and what lies below them.
-#[derive(Debug, Clone, Copy)]
-struct Layer {
-    length: usize,
-    copies: usize,
-    below: usize,
-}
-
-const NOTHING: usize = usize::MAX;
-/// Runs of rows in a block: few enough to go through, many enough to have few blocks.
-const BLOCK: usize = 512;
-
-/// All rows in order, in blocks that know the most space that one of their rows has.
-#[derive(Debug, Default)]
-struct Placed {
-    most: Vec<usize>,
-    blocks: Vec<Vec<Rows>>,
-    layers: Vec<Layer>,
-}
-
-fn place(histogram: &[u64], capacity: usize) -> Placed {
-    let mut placed = Placed::default();
-    for (length, &count) in histogram.iter().enumerate().skip(1).rev().filter(|&(_, &count)| count > 0) {
-        let left = placed.fit(length, count as usize);
-        placed.append(length, left, capacity);
-    }
-    placed
-}
-
-impl Placed {
-    /// Place up to `left` documents in rows that have room, and return how many remain.
-    fn fit(&mut self, length: usize, mut left: usize) -> usize {
-        let mut number = 0;
-        while left > 0 {
-            let Some(next) = self.most[number..].iter().position(|&most| most >= length) else { break };
-            number += next;
-            let old = std::mem::take(&mut self.blocks[number]);
-            let mut block = Vec::with_capacity(old.len() + 2);
-            for rows in old {
-                left -= self.fill(rows, length, left, &mut block);
-            }
-            number += self.put_back(number, block);
-        }
-        left
-    }
-
-    /// Place up to `left` documents into a run of rows, each of which takes as many as it can before the next one does;
-    /// the run falls into at most three. Returns how many were placed.
-    fn fill(&mut self, rows: Rows, length: usize, left: usize, block: &mut Vec<Rows>) -> usize {
-        let copies = rows.space / length;
-        if copies == 0 || left == 0 {
-            block.push(rows);
-            return 0;
-        }
-        let full = rows.count.min(left / copies);
-        let rest = if full < rows.count { left % copies } else { 0 };
-        let mut untouched = rows.count - full;
-        for (count, copies) in [(full, copies), (1, rest)] {
-            if count * copies > 0 {
-                let top = self.layer(length, copies, rows.top);
-                block.push(Rows { space: rows.space - copies * length, count, top });
-            }
-        }
-        untouched -= usize::from(rest > 0);
-        if untouched > 0 {
-            block.push(Rows { count: untouched, ..rows });
-        }
-        full * copies + rest
-    }
-
-    /// New rows for `left` documents.
-    fn append(&mut self, length: usize, left: usize, capacity: usize) {
-        let mut block = Vec::new();
-        let count = left.div_ceil((capacity / length).max(1));
-        if count > 0 {
-            self.fill(Rows { space: capacity, count, top: NOTHING }, length, left, &mut block);
-            match self.blocks.last_mut().filter(|last| last.len() < BLOCK) {
-                Some(last) => {
-                    last.append(&mut block);
-                    let end = self.most.len() - 1;
-                    self.most[end] = most(&self.blocks[end]);
-                }
-                None => {
-                    self.most.push(most(&block));
-                    self.blocks.push(block);
-                }
-            }
-        }
-    }
-
-    /// Put block `number` back, in two if it has grown too large. Returns how many there are of it now.
-    fn put_back(&mut self, number: usize, mut block: Vec<Rows>) -> usize {
-        let second = (block.len() > 2 * BLOCK).then(|| block.split_off(BLOCK));
-        self.most[number] = most(&block);
-        self.blocks[number] = block;
-        let Some(second) = second else { return 1 };
-        self.most.insert(number + 1, most(&second));
-        self.blocks.insert(number + 1, second);
-        2
-    }
-
-    fn layer(&mut self, length: usize, copies: usize, below: usize) -> usize {
-        self.layers.push(Layer { length, copies, below });
-        self.layers.len() - 1
-    }
-}
-
-fn most(block: &[Rows]) -> usize {
-    block.iter().map(|rows| rows.space).max().unwrap_or(0)
-}
-
 /// Documents by length, one length behind the other, each in the order of their numbers; and where each length begins.
 /// Of a document that is split, one entry a piece.
 fn sort<L: Length>(lengths: &[L], histogram: &[u64], capacity: u64, too_long: TooLong) -> (Vec<u32>, Vec<usize>) {
@@ -261,23 +142,14 @@ fn sort<L: Length>(lengths: &[L], histogram: &[u64], capacity: u64, too_long: To
 
 /// Give every place its document: of each length, the next one. `next`: where each length begins in `sorted`.
 fn deal(placed: &Placed, sorted: &[u32], mut next: Vec<usize>, with_lengths: bool) -> Packing {
-    let runs = || placed.blocks.iter().flatten();
     let mut packing = Packing::default();
-    packing.offsets.reserve_exact(runs().map(|rows| rows.count).sum::<usize>() + 1);
+    packing.offsets.reserve_exact(placed.count() + 1);
     packing.offsets.push(0);
     packing.documents.reserve_exact(sorted.len());
     packing.lengths.reserve_exact(if with_lengths { sorted.len() } else { 0 });
-    let mut layers = Vec::new();
-    for rows in runs() {
-        layers.clear();
-        let mut top = rows.top;
-        while let Some(layer) = placed.layers.get(top) {
-            layers.push((layer.length, layer.copies));
-            top = layer.below;
-        }
-        layers.reverse();
-        for _ in 0..rows.count {
-            for &(length, copies) in &layers {
+    for (rows, held) in placed.runs() {
+        for _ in 0..rows {
+            for &(length, copies) in &held {
                 let begin = next[length];
                 next[length] += copies;
                 packing.documents.extend(sorted[begin..begin + copies].iter().map(|&document| i64::from(document)));

@@ -86,9 +86,10 @@ type Pieces<'py> = (
     Option<PyReadonlyArray1<'py, i64>>,
 );
 
-/// `numbers`: the most tokens a document, the id of padding, the size of the vocabulary. `flags`: padding on the left,
-/// a mask, labels that are the tokens, positions, and the boundaries of documents, which are returned with the longest
-/// one's length. Planes: ids, mask, labels, token types, positions. `samples`: ids, and where to write them.
+/// `numbers`: the most tokens a document, the id of padding, the size of the vocabulary. `flags`: padding on the left (of
+/// rows that hold one piece), a mask, labels that are the tokens, positions. Planes: ids, mask, labels, token types,
+/// positions. `samples`: ids, and where to write them. Returns, where rows hold several pieces, the boundaries of
+/// documents and the longest one's length.
 #[allow(clippy::too_many_arguments)]
 #[pyfunction]
 fn gather<'py>(
@@ -97,11 +98,11 @@ fn gather<'py>(
     offsets: PyReadonlyArray1<'py, i64>,
     pieces: Pieces<'py>,
     numbers: (usize, i64, i64),
-    flags: (bool, bool, bool, bool, bool),
+    flags: (bool, bool, bool, bool),
     samples: (Option<PyReadonlyArray1<'py, i64>>, PyReadwriteArrayDyn<'py, i64>),
     mut out: PyReadwriteArray3<'py, i64>,
 ) -> PyResult<Option<(Array<'py, i32>, usize)>> {
-    let ((limit, padding, vocabulary), (left, mask, copied, positions, boundaries)) = (numbers, flags);
+    let ((limit, padding, vocabulary), (left, mask, copied, positions)) = (numbers, flags);
     let tokens = columns.0.values()?;
     let labels = columns.1.as_ref().map(Integers::values).transpose()?;
     let types = columns.2.as_ref().map(Integers::values).transpose()?;
@@ -120,7 +121,7 @@ fn gather<'py>(
             Some((starts, lengths)) => documents.cut(rows, starts, lengths)?,
             None => documents.pieces(rows, limit)?,
         };
-        let rows_of = Rows { engine: run.engine, pieces: &pieces, bounds, width, left };
+        let rows_of = Rows { engine: run.engine, pieces: &pieces, bounds, width, left: left && !joined };
         let mut planes = vec![Plane::Tokens { values: tokens, padding, vocabulary }];
         planes.extend(mask.then_some(Plane::Mask));
         planes.extend((copied || labels.is_some()).then_some(Plane::Labels { values: labels, joined }));
@@ -129,11 +130,11 @@ fn gather<'py>(
         rows_of.write(&planes, out)?;
         if joined {
             rows_of.write(&[Plane::Samples(ids)], sample_out)?;
+            found = Some(rows_of.boundaries()?);
+            Ok(())
         } else {
-            pad::samples(ids, rows, sample_out)?;
+            pad::samples(ids, rows, sample_out)
         }
-        found = if boundaries { Some(rows_of.boundaries()?) } else { None };
-        Ok(())
     })?;
     Ok(found.map(|(bounds, longest)| (bounds.into_pyarray(py), longest)))
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError, UnsupportedModelError
@@ -32,6 +33,15 @@ def base_model(model: Any) -> Any:
             "pass a PreTrainedModel or the PeftModel around one"
         )
     return base
+
+
+def check_wrapper(model: nn.Module | None) -> None:
+    """What a loop calls in the attached model's place leaves its weights what they are."""
+    if isinstance(model, FullyShardedDataParallel):
+        raise UnsupportedModelError(
+            f"FSDP's first version flattens the model's weights (got {type(model).__name__}); shard it with "
+            "torch.distributed.fsdp.fully_shard"
+        )
 
 
 def on_compiled(model: nn.Module) -> bool:

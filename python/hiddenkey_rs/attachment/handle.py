@@ -17,7 +17,7 @@ from ..config import HiddenKeyConfig
 from ..errors import ConfigError, StateError
 from ..serialise import choice
 from . import hooks, report, two_pass
-from .checks import base_model, check_model, check_plan
+from .checks import base_model, check_model, check_plan, check_wrapper
 from .families import family_of
 from .head import head_of
 from .implementation import implementations
@@ -196,6 +196,7 @@ class Handle:
         """
         self._require_attached()
         self.session.require_step()
+        check_wrapper(model)
         self.last = two_pass.compute(self, model if model is not None else self.model, batch, num_items, task_loss)
         return self.last
 

@@ -67,7 +67,7 @@ class Layout:
     """How the rows of a batch are laid out.
 
     Attributes:
-        pad_token_id: what stands at padding. left: padding stands before the tokens.
+        pad_token_id: what stands at padding. left: it stands before the tokens, in rows that hold one document.
         multiple_of: the width of rows is rounded up to a multiple of it.
         max_length: more tokens of a document are cut off at its end. None: nothing is.
         vocabulary: token ids lie below it. None: they only must not be negative.
@@ -110,7 +110,7 @@ class Gathered(NamedTuple):
         documents: (pieces,) int64, the document that each piece in the rows is of; -1 is padding.
         lengths: (pieces,) int64, or None: as long as the document, if ``max_length`` allows it.
         boundaries: (documents + 1,) int32, where documents begin in the flattened rows, with the end of all; padding at
-            a row's end is one more document. None if they were not asked for.
+            a row's end is one more document. None of padded rows.
         longest: tokens of the longest document, its padding included.
     """
 
@@ -180,7 +180,7 @@ class Gatherer:
         longest, _ = self._extent(rows)
         planes = room((len(self.names), len(rows), _rounded(longest, self.layout.multiple_of)))
         samples = np.empty(len(rows), _INT64)
-        self._gather((rows, None, None), samples, planes, False)
+        self._gather((rows, None, None), samples, planes)
         return Gathered(self.names, planes, samples, rows, None, None, longest)
 
     def join(self, rows: Any, room: Room = empty) -> Gathered:
@@ -236,7 +236,7 @@ class Gatherer:
     def _joined(self, pieces: _Pieces, rows: int, width: int, room: Room) -> Gathered:
         planes = room((len(self.names), rows, width))
         samples = np.empty((rows, width), np.int64)
-        found = self._gather(pieces, samples, planes, True)
+        found = self._gather(pieces, samples, planes)
         assert found is not None
         return Gathered(self.names, planes, samples, pieces[0], None if pieces[1] is None else pieces[1][1], *found)
 
@@ -245,11 +245,10 @@ class Gatherer:
         return _core.extent(self.source.offsets, len(self.source.values), rows, self.layout.numbers[0])
 
     def _gather(
-        self, pieces: _Pieces, samples: NDArray[np.int64], planes: NDArray[np.int64], boundaries: bool
+        self, pieces: _Pieces, samples: NDArray[np.int64], planes: NDArray[np.int64]
     ) -> tuple[NDArray[np.int32], int] | None:
-        source = self.source
-        ids, numbers, flags = (source.sample_ids, samples), self.layout.numbers, (*self._flags, boundaries)
-        return _core.gather(self._columns, source.offsets, pieces, numbers, flags, ids, planes)
+        source, ids = self.source, (self.source.sample_ids, samples)
+        return _core.gather(self._columns, source.offsets, pieces, self.layout.numbers, self._flags, ids, planes)
 
     def _lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         offsets = self.source.offsets

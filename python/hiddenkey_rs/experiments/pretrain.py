@@ -10,13 +10,13 @@ packed whole into blocks, loss on every token, AdamW with a cosine schedule.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -58,50 +58,33 @@ def pretrain(
     Raises:
         StateError: ``out`` holds a finished model, another recipe's checkpoint, or other files.
     """
-    tokenizer = _begin(out, recipe, train)
+    from .watch import Progress
+
+    started = {"recipe": recipe.to_dict(), "text": _digest(train), "finished": False}
+    tokenizer = _begin(out, started, train)
     documents = [row["input_ids"] for row in _examples(train, tokenizer, recipe)]
     model = new_model(recipe, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     optimiser = _optimiser(model, recipe)
-    plan = [blocks(documents, recipe.context, recipe.seed, epoch) for epoch in range(recipe.epochs)]
-    total = sum(math.ceil(len(epoch) / recipe.batch_size) for epoch in plan)
-    state = _State()
-    if (out / CHECKPOINT).is_file():
-        state = _load(out / CHECKPOINT, model, optimiser)
-    from .watch import Progress
-
-    progress = Progress(total, state.step)
-    clock, cpu = time.perf_counter() - state.seconds, time.process_time() - state.cpu_seconds
+    state = _load(out / CHECKPOINT, model, optimiser) if (out / CHECKPOINT).is_file() else _State()
+    batches = _batches(documents, recipe)
+    progress, clock = Progress(len(batches), state.step), _Clock(state)
     with interruptible() as check:
-        for batch, last in _batches(plan, recipe.batch_size, state.step):
+        while state.step < len(batches):
             check()
-            progress.loss = _step(model, optimiser, batch, recipe, state.step / total)
+            batch, last = batches[state.step]
+            progress.loss = _step(model, optimiser, batch, recipe, state.step / len(batches))
             state.step += 1
             if last:
                 state.history.append(_figures(model, dev, tokenizer, recipe))
-                progress.note(
-                    f"epoch {len(state.history)}: development perplexity {state.history[-1]['perplexity']:.3f}"
-                )
+                progress.note(f"epoch {len(state.history)}: dev perplexity {state.history[-1]['perplexity']:.3f}")
             progress.step(state.step)
-            state.seconds, state.cpu_seconds = time.perf_counter() - clock, time.process_time() - cpu
+            clock.read()
             if state.step % save_every == 0 or state.step == stop_after:
                 _save(out / CHECKPOINT, model, optimiser, state)
             if state.step == stop_after:
-                return {"recipe": recipe.to_dict(), "finished": False, "step": state.step}
+                return {**started, "step": state.step}
     model.eval().save_pretrained(out)
-    found = {
-        "recipe": recipe.to_dict(),
-        "finished": True,
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "documents": len(documents),
-        "tokens": sum(map(len, documents)),
-        "steps": total,
-        "seconds": round(state.seconds, 1),
-        "cpu_seconds": round(state.cpu_seconds, 1),
-        "threads": torch.get_num_threads(),
-        "machine": processor(),
-        "versions": versions(("hiddenkey_rs", "torch", "transformers", "tokenizers")),
-        "history": state.history,
-    }
+    found = {**started, "finished": True, **_summary(model, documents, state)}
     folder.write_json(out / RECIPE, found)
     (out / CHECKPOINT).unlink(missing_ok=True)
     return found
@@ -115,28 +98,74 @@ class _State:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def _begin(out: Path, recipe: Recipe, train: Sequence[Row]) -> Any:
-    """The tokenizer: the stopped run's own, or a new one in a new folder."""
+class _Clock:
+    """Counts on from the seconds of a state, and writes them there."""
+
+    def __init__(self, state: _State) -> None:
+        self.state = state
+        self.start = time.perf_counter() - state.seconds
+        self.cpu_start = time.process_time() - state.cpu_seconds
+
+    def read(self) -> None:
+        self.state.seconds = time.perf_counter() - self.start
+        self.state.cpu_seconds = time.process_time() - self.cpu_start
+
+
+def _summary(model: Any, documents: Sequence[Sequence[int]], state: _State) -> dict[str, Any]:
+    return {
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "documents": len(documents),
+        "tokens": sum(map(len, documents)),
+        "steps": state.step,
+        "seconds": round(state.seconds, 1),
+        "cpu_seconds": round(state.cpu_seconds, 1),
+        "threads": torch.get_num_threads(),
+        "machine": processor(),
+        "versions": versions(("hiddenkey_rs", "torch", "transformers", "tokenizers")),
+        "history": state.history,
+    }
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    return [f"{row['source']}\n{row['target']}" for row in rows]
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256("\0".join(_texts(rows)).encode()).hexdigest()
+
+
+def _begin(out: Path, started: dict[str, Any], train: Sequence[Row]) -> Any:
+    """The tokenizer: that of the stopped run in ``out``, or a new one in a new folder."""
     import transformers
 
     if (out / RECIPE).is_file():
-        found = json.loads((out / RECIPE).read_text(encoding="utf-8"))
-        if found["finished"]:
-            raise StateError(f"the decoder is finished (got {str(out)!r}); use it, or choose another --out")
-        for name, value in recipe.to_dict().items():
-            if found["recipe"].get(name) != value:
-                raise StateError(
-                    f"the stopped run made another choice (got {name}={value!r}, it has "
-                    f"{found['recipe'].get(name)!r}); go on with the same flags, or choose another --out"
-                )
-        return transformers.AutoTokenizer.from_pretrained(out)
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+        _check_same(out, json.loads((out / RECIPE).read_text(encoding="utf-8")), started)
+        if (out / CHECKPOINT).is_file():
+            return transformers.AutoTokenizer.from_pretrained(out)
+    elif out.exists() and (out.is_file() or any(out.iterdir())):
         raise StateError(f"the output folder holds other files (got {str(out)!r}); choose another --out")
-    tokenizer = bpe_tokenizer([f"{row['source']}\n{row['target']}" for row in train], recipe.vocabulary)
     out.mkdir(parents=True, exist_ok=True)
+    folder.write_json(out / RECIPE, started)
+    tokenizer = bpe_tokenizer(_texts(train), started["recipe"]["vocabulary"])
     tokenizer.save_pretrained(out)
-    folder.write_json(out / RECIPE, {"recipe": recipe.to_dict(), "finished": False})
     return tokenizer
+
+
+def _check_same(out: Path, found: dict[str, Any], started: dict[str, Any]) -> None:
+    if found["finished"]:
+        raise StateError(f"the decoder is finished (got {str(out)!r}); use it, or choose another --out")
+    for name, value in started["recipe"].items():
+        if found["recipe"].get(name) != value:
+            had = found["recipe"].get(name)
+            raise StateError(
+                f"the stopped run made another choice (got {name}={value!r}, it has {had!r}); go on with the same flags, "
+                "or choose another --out"
+            )
+    if found["text"] != started["text"]:
+        raise StateError(
+            f"the stopped run read another text (got sha256 {started['text'][:12]}, it has {found['text'][:12]}); go on "
+            "with the same --data, or choose another --out"
+        )
 
 
 def _examples(rows: Sequence[Row], tokenizer: Any, recipe: Recipe) -> list[dict[str, Any]]:
@@ -150,16 +179,13 @@ def _optimiser(model: Any, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
 
 
-def _batches(plan: list[list[list[int]]], size: int, done: int) -> Iterator[tuple[list[list[int]], bool]]:
-    """(blocks, the epoch's last) of every step after the first ``done``."""
-    steps = (
-        (epoch[start : start + size], start + size >= len(epoch))
-        for epoch in plan
-        for start in range(0, len(epoch), size)
-    )
-    for number, step in enumerate(steps):
-        if number >= done:
-            yield step
+def _batches(documents: Sequence[Sequence[int]], recipe: Recipe) -> list[tuple[list[list[int]], bool]]:
+    """(blocks, whether they are the epoch's last) of every step."""
+    size, found = recipe.batch_size, []
+    for epoch in range(recipe.epochs):
+        rows = blocks(documents, recipe.context, recipe.seed, epoch)
+        found += [(rows[start : start + size], start + size >= len(rows)) for start in range(0, len(rows), size)]
+    return found
 
 
 def _step(model: Any, optimiser: torch.optim.Optimizer, batch: list[list[int]], recipe: Recipe, place: float) -> float:

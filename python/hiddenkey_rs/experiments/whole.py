@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .models import restore_adapter
 
@@ -49,7 +50,11 @@ def _plain(name: str) -> str:
 
 
 def _spread(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether weights are spread; then no unit keeps them whole, as some do after a forward pass."""
+    units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.reshard()
+    return bool(units)
 
 
 def _full(parameter: Any) -> Tensor:

@@ -129,7 +129,7 @@ class Collator:
             gathered, tensors = self._gather_into(self._ring, gatherer, batch)
             found = dict(zip(gathered.names, tensors, strict=True))
         if row_labels is not None:
-            found["labels"] = _row_labels(row_labels, batch.rows)
+            found["labels"] = _row_labels(row_labels, gathered.documents)
         if not bare:
             found[SAMPLE_ID] = torch.from_numpy(gathered.samples)
         if self.cu_seqlens and gathered.boundaries is not None:

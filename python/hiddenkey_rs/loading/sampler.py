@@ -63,12 +63,15 @@ class BatchSampler:
         data: a :class:`TokenStore`, anything with ``lengths``, an array of lengths (integers in 0..2**31-1), or a number
             of samples (then nothing is sorted by length).
         batch_size: samples of a step, all ranks and micro-batches together.
-        token_budget: instead: the most tokens of a step, rows times the longest. Give one of the two.
+        token_budget: instead: the most tokens of a step, rows times the longest. Give one of the two. A micro-batch has
+            about its share of it, and may have a row more.
         accumulation: micro-batches of a step on each rank.
         rank, world_size: which of how many ranks this is.
         seed: 0 <= seed < 2**64. epoch: the epoch to begin with, < 2**32.
         shuffle: False: samples in the order of the data set (sorted by length only within a window).
-        window: how many consecutive samples of the epoch's order are sorted by length together; see :class:`Schedule`.
+        window: how many consecutive samples of the epoch's order are sorted by length together; a multiple of
+            ``batch_size``, at most 2**26. Default: about 50 batches, or, by tokens, at least 50, in windows of equal size.
+            See :class:`~hiddenkey_rs.batches.schedule.Schedule`.
         tail: what becomes of ``size % batch_size`` samples: ``pad`` makes a smaller batch of them, ``drop`` leaves them out.
 
     Raises:

@@ -75,7 +75,7 @@ class Texts:
     def batches(self, size: int = BATCH) -> Iterator[TextBatch]:
         """All examples in their order, ``size`` at a time, texts and labels checked."""
         for first in range(0, len(self), size):
-            yield self._batch(first, min(size, len(self) - first))
+            yield self._batch(first, size)
 
     def _batch(self, first: int, count: int) -> TextBatch:
         def column(name: str) -> list[Any]:

@@ -22,7 +22,7 @@ from .. import masks
 from ..errors import ConfigError
 from . import cpu_kernel
 
-MASK_BYTES = 4 << 20
+MASK_BYTES = 8 << 20
 """Memory of a block's mask, where one example does not need more: the kernel finds it in the cache."""
 _FORBIDDEN = {torch.float32: 0xFF800000, torch.bfloat16: 0xFF80, torch.float16: 0xFC00}
 """The bits of -inf."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..config import HiddenKeyConfig
 from .ranks import Parts
@@ -43,23 +44,23 @@ _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def run_parts(config: HiddenKeyConfig, stock_dropout: str, arguments: Any, model: nn.Module) -> dict[str, str]:
-    """The parts of a run that must be equal on all ranks, but for its data."""
+def run_parts(config: HiddenKeyConfig, stock_dropout: str, arguments: Any, model: nn.Module | None) -> dict[str, str]:
+    """The parts of a run that must be equal on all ranks, but for its data. Without a model: weights may differ."""
     return {
         **{f"config {name}": repr(value) for name, value in config.to_dict().items()},
         "stock_dropout": stock_dropout,
         **{f"argument {name}": str(getattr(arguments, name, None)) for name in _SETTINGS},
         **{f"version of {name}": version(name) for name in _PACKAGES},
         "Python": platform.python_version(),
-        "weights": weights_digest(model),
+        "weights": "not yet loaded" if model is None else weights_digest(model),
     }
 
 
-def data_parts(data: Any, digest: str = "") -> Parts:
+def data_parts(data: Any) -> Parts:
     """The parts of a data set: how many examples, and a digest; its own, or that of :data:`SPOTS` of them."""
     found = {"data set's size": str(len(data)) if hasattr(data, "__len__") else "unknown"}
-    if digest:
-        return {**found, "data": digest}
+    if hasattr(data, "digest"):
+        return {**found, "data": str(data.digest)}
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
         return found
     rows = sorted({int(row) for row in np.linspace(0, len(data) - 1, SPOTS)})
@@ -80,9 +81,10 @@ def weights_digest(model: nn.Module) -> str:
     """
     found = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        bits = local.detach().contiguous().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64)
-        found.update(f"{name} {tuple(parameter.shape)} {int(bits)} {parameter.requires_grad}\n".encode())
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.requires_grad}\n".encode())
+        if not isinstance(parameter, DTensor):  # each rank holds another part of those
+            bits = parameter.detach().contiguous().view(_INTEGERS[parameter.element_size()])
+            found.update(f"{int(bits.sum(dtype=torch.int64))}\n".encode())
     return found.hexdigest()
 
 

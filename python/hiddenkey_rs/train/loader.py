@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
@@ -15,7 +16,7 @@ from ..loading.sampler import BatchSampler
 from ..losses import IGNORED
 from ..serialise import choice
 from . import ranks
-from .sample_ids import SAMPLE_ID
+from .sample_ids import SAMPLE_ID, WithSampleIds
 from .stores import is_store
 from .stream import Stream
 
@@ -77,11 +78,15 @@ def check_loader(trainer: Any, loader: Loader | None) -> None:
                 f"loader='hiddenkey' shares batches over data-parallel ranks (got {name}={getattr(parallel, name)}); "
                 "use loader='stock'"
             )
-    if trainer.args.ignore_data_skip:
-        raise ConfigError(
-            "ignore_data_skip would train on an epoch's first batches again (got True); leave it False: with "
-            "loader='hiddenkey' nothing is read to find a place"
-        )
+    for name, why in _CONTRADICTIONS.items():
+        if getattr(trainer.args, name):
+            raise ConfigError(f"{name} {why} (got True); leave it False with loader='hiddenkey'")
+
+
+_CONTRADICTIONS = {
+    "ignore_data_skip": "would train on an epoch's first batches again, where finding the place costs nothing",
+    "auto_find_batch_size": "would change the global batch on its way",
+}
 
 
 def _check_sharding(trainer: Any) -> None:
@@ -109,7 +114,7 @@ def stream_of(trainer: Any, loader: Loader) -> Stream:
         batch_size=rows if loader.token_budget is None else None,
         token_budget=loader.token_budget,
         window=loader.window,
-        shuffle=loader.shuffle,
+        shuffle=loader.shuffle and getattr(args, "train_sampling_strategy", "random") != "sequential",
         tail=loader.tail or ("drop" if args.dataloader_drop_last else "pad"),  # type: ignore[arg-type]
         seed=args.seed if args.data_seed is None else args.data_seed,
         accumulation=accumulation,
@@ -188,6 +193,7 @@ def _lengths(data: Any, args: Any) -> Any:
     column = getattr(args, "length_column_name", "length")
     if hasattr(data, "lengths"):
         return data
-    if column in (getattr(data, "column_names", None) or ()):
-        return torch.as_tensor(data[column]).numpy()
+    plain = data.dataset if isinstance(data, WithSampleIds) else data
+    if column in (getattr(plain, "column_names", None) or ()):
+        return np.asarray(list(plain[column]))
     return len(data)

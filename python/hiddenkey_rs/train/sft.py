@@ -99,7 +99,6 @@ class HiddenKeySFTTrainer(HiddenKeyTrainerMixin, SFTTrainer):
         """Both passes in training, TRL's own loss in evaluation."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = {**inputs, "use_cache": False}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._note_metrics(inputs, outputs)
         return (loss, outputs) if return_outputs else loss

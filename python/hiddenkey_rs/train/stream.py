@@ -58,11 +58,6 @@ class Stream:
                 return epoch, done
             done, epoch = done - self._lengths[epoch], epoch + 1
 
-    @property
-    def digest(self) -> str:
-        """What the data set is known by; empty if only its size is known."""
-        return self._source.digest
-
     def save(self, folder: str | Path) -> None:
         """Write the state into a checkpoint, as a whole."""
         epoch, step = self.place(self._done())

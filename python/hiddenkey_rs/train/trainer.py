@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 
 from ..attachment import Handle, attach
 from ..config import HiddenKeyConfig
+from ..loading.collator import PLAN
 from . import ranks
 from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, stream_of, streaming
@@ -106,10 +107,12 @@ class HiddenKeyTrainerMixin:
         """Before anything is shared: every rank trains the same, on the same data, for as many steps."""
         if ranks.world_size() > 1:
             config, (_, stock_dropout) = self.handle.config, self._hiddenkey
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
+            late = getattr(plugin, "cpu_ram_efficient_loading", False)  # then the first rank alone has read its weights
             ranks.check_same(
                 {
-                    **run_parts(config, stock_dropout, self.args, self.model),  # type: ignore[attr-defined]
-                    **data_parts(self.train_dataset, "" if self._stream is None else self._stream.digest),
+                    **run_parts(config, stock_dropout, self.args, None if late else self.model),  # type: ignore[attr-defined]
+                    **data_parts(self.train_dataset),
                     "number of micro-batches": str(len(loader)) if has_length(loader) else "unknown",
                     "checkpoint": os.path.basename(self._checkpoint or "none"),
                     "loader": str(self._loader),
@@ -146,6 +149,7 @@ class HiddenKeyTrainerMixin:
         """Both passes in training, the Trainer's own loss in evaluation."""
         inputs = dict(inputs)
         sample_ids, positions = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_POSITION, None)
+        inputs.pop(PLAN, None)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if sample_ids is not None and sample_ids.dim() == 2 and self.handle.stacks[-1].role == "decoder":
@@ -170,7 +174,7 @@ class HiddenKeyTrainerMixin:
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluation never needs sample ids; a column of them must not reach the model."""
-        inputs = {name: value for name, value in inputs.items() if name not in (SAMPLE_ID, SAMPLE_POSITION)}
+        inputs = {name: value for name, value in inputs.items() if name not in (SAMPLE_ID, SAMPLE_POSITION, PLAN)}
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     # -- logs -------------------------------------------------------------------------------------------------------

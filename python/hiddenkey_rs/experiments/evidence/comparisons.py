@@ -109,8 +109,7 @@ def compare(study: Study, task: str, method: str, baseline: str, measure: Measur
 def paired(study: Study, task: str, method: str, baseline: str, measure: Measure) -> tuple[Comparison, Array]:
     """The pairs of two methods so far, and their differences (pairs,); nothing is tested."""
     ours, theirs = study.finals(task, method), study.finals(task, baseline)
-    most = [study.plan.methods[name].final_seeds for name in (method, baseline)]
-    planned = study.plan.protocol.final_seeds[: min([n for n in most if n is not None], default=None)]
+    planned = min(study.seeds(method), study.seeds(baseline), key=len)
     settled = {item.line.seed for item in ours} & {item.line.seed for item in theirs} & set(planned)
     left, right = values(measure, ours), values(measure, theirs)
     seeds = tuple(seed for seed in planned if seed in left and seed in right)
@@ -149,7 +148,7 @@ def outcome(study: Study, found: list[Comparison]) -> list[str]:
     if not found:
         return [f"{study.name}: the plan fixed no family of comparisons, so nothing is tested here."]
     tested = [entry for entry in found if entry.verdict != UNFINISHED]
-    lacking = f"{len(found) - len(tested)} of {_count(len(found), 'comparison')} lack runs"
+    lacking = f"{len(found) - len(tested)} of {len(found)} comparisons lack runs"
     if not tested:
         return [f"{study.name}: nothing can be said yet, {lacking}."]
     said = "; ".join(_said(method, found) for method in dict.fromkeys(entry.method for entry in found))
@@ -172,6 +171,11 @@ def _said(method: str, found: list[Comparison]) -> str:
         text = f"'{method}' is not shown to be better than {_or([repr(name) for name in baselines])} on any of {everywhere}"
     else:
         text = f"'{method}' is better than " + _and([f"'{name}' on {wins[name]} of {everywhere}" for name in baselines])
+        if len(baselines) > 1:
+            won = [
+                {e.verdict for e in own if e.task == task} == {BETTER} for task in dict.fromkeys(e.task for e in own)
+            ]
+            text += f", than {'both' if len(baselines) == 2 else 'all of them'} on {sum(won)}"
     worse = [f"'{name}' on {count}" for name, count in losses.items() if count]
     return text + (f", and worse than {_and(worse)}" if worse else "")
 

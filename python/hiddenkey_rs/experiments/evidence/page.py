@@ -30,7 +30,7 @@ a { color: var(--link); }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .32rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 td { white-space: nowrap; }
-thead th { vertical-align: bottom; background: var(--band); font-weight: 600; }
+thead th { vertical-align: bottom; background: var(--band); font-weight: 600; min-width: 4.6rem; }
 th.words, td.words { text-align: left; }
 th[scope=row], thead th:first-child { position: sticky; left: 0; text-align: left; background: var(--ground); font-weight: 600;
   white-space: nowrap; box-shadow: 1px 0 0 var(--line); }

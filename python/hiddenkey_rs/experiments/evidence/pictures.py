@@ -157,7 +157,7 @@ class Pictures:
                 self._line(axes, at, [point[name] for point in own], scale, method, self.looks[method])
             axes.set_xlabel(vary.replace("_", " "))
             axes.set_ylabel(f"{measure.title}{', %' if scale == 100 else ''}")
-            axes.legend(frameon=False, fontsize=8)
+            axes.figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
         return picture
 
     @staticmethod
@@ -203,7 +203,7 @@ class Pictures:
         axes.set_title(picture.title, loc="left", fontsize=11)
         try:
             yield axes
-            figure.savefig(self.folder / Path(picture.path).name, dpi=130)
+            figure.savefig(self.folder / Path(picture.path).name, dpi=120)
         finally:
             self.plt.close(figure)
 
@@ -223,10 +223,9 @@ def _places(axes: Any, values: list[Any]) -> Callable[[Any, float], float]:
     ticks = values if numbers else list(range(len(values)))
     axes.set_xticks(ticks, [f"{value:g}" if isinstance(value, float) else str(value) for value in values])
     axes.minorticks_off()
-    where = dict(zip(values, ticks, strict=True))
     if log:
-        return lambda value, shift: float(where[value] * (ends[1] / ends[0]) ** shift)
-    return lambda value, shift: float(where[value] + shift * (ends[1] - ends[0]))
+        return lambda value, shift: float(ticks[values.index(value)] * (ends[1] / ends[0]) ** shift)
+    return lambda value, shift: float(ticks[values.index(value)] + shift * (ends[1] - ends[0]))
 
 
 def _end(band: Interval, name: str) -> float:

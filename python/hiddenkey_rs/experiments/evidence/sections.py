@@ -152,7 +152,7 @@ def _protocol(study: Study) -> list[str]:
         f"{protocol.select_rows} selection rows ({source}) is run on seeds {_list(protocol.final_seeds)}. A seed decides "
         f"training subset, order and initial weights, the same for all methods. The epoch is chosen on the selection rows. "
         f"Reported are {rest}, which choose nothing.",
-        f"Common to all runs: {setting_text(base)}.",
+        f"All runs start from: {setting_text(base)}.",
         f"Run with {', '.join(versions) or 'unknown versions'} on {'; '.join(machines) or 'an unknown machine'}; commit "
         f"{', '.join(commits)}. Plan {plan.name}, digest {plan.digest}.",
     ]

@@ -52,7 +52,7 @@ def overview(study: Study) -> Table:
         cells = []
         for task in study.plan.tasks:
             measure = Measure(study.plan.task_of(task).metric)
-            cells.append(_mean(measure, values(measure, study.finals(task, method))))
+            cells.append(_mean(measure, values(measure, study.finals(task, method)), len(study.seeds(method))))
         rows.append((method, *cells))
     heads = [f"{task}: {study.plan.task_of(task).metric}" for task in study.plan.tasks]
     caption = (
