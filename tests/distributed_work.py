@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 from contextlib import nullcontext
@@ -88,7 +90,9 @@ def trainer(spec: dict[str, Any]) -> hk.HiddenKeyTrainer:
     if spec.get("store", True):
         data = store(data)
     return hk.HiddenKeyTrainer(
-        model=families.build(family, seed=spec.get("model_seed", 0), **({} if family == "t5" else {"initializer_range": 0.2})),
+        model=families.build(
+            family, seed=spec.get("model_seed", 0), **({} if family == "t5" else {"initializer_range": 0.2})
+        ),
         args=args,
         train_dataset=data,
         config=spec.get("config", CONFIG),
@@ -216,13 +220,19 @@ def train_uneven(spec: dict[str, Any]) -> None:
     train({**spec, "data": Stream(examples), "store": False, "loader": "stock", "arguments": arguments})
 
 
-def command(arguments: list[str], sharded: bool = False) -> int:
-    """The command line's exit code."""
+def command(arguments: list[str] | list[list[str]], sharded: bool = False) -> tuple[int, str]:
+    """The command line's exit code and what it said on standard error; a list of lists: one a rank."""
+    from hiddenkey_rs.cli import turns
     from hiddenkey_rs.cli.main import main
 
+    turns.PAUSE = 0.1  # nobody ends the others here
     if sharded:
         shard_on_cpus()
-    return main(arguments)
+    mine = arguments[int(os.environ["RANK"])] if isinstance(arguments[0], list) else arguments
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(mine)
+    return code, said.getvalue()
 
 
 def first_fsdp() -> None:

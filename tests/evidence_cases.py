@@ -32,6 +32,16 @@ curves:
   rates: {vary: rate, values: [0.05, 0.1, 0.2], methods: [dropkey-column, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1, 2]}
   ranks: {vary: rank, values: [4, 16, 64], methods: [none, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1]}
 """
+TEXTS = """\
+name: texts
+protocol: {search_seeds: [0], final_seeds: [1, 2, 3]}
+base: {model: gpt2-tiny, epochs: 3}
+tasks: {e2e: {task: e2e, train_size: 500}}
+methods:
+  plain: {preset: none, settings: [{lr: 1.0e-3}, {lr: 2.0e-3}]}
+  hiddenkey: {preset: hiddenkey, settings: [{rate: 0.05}, {rate: 0.1}]}
+comparisons: {baselines: [plain], against: [hiddenkey]}
+"""
 ROWS = 400
 
 Gain = Mapping[str, float]

@@ -74,6 +74,7 @@ def _rank(rank: int, world: int, port: int, pipe: Any, work: Callable[..., Any],
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
     )
     if world == 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):

@@ -184,6 +184,14 @@ def test_a_label_an_example(columns: dict, rows: list[int], labels: torch.Tensor
     assert "labels" not in Collator(labels=None)(store.__getitems__(rows))
 
 
+def test_labels_of_tokens_come_before_an_examples() -> None:
+    store = make_store()
+    columns = {"labels": np.arange(len(store.values))}
+    both = TokenStore((store.values, store.offsets), token_columns=columns, row_columns={"label": np.zeros(40)})
+    for layout in ("padded", "flat"):
+        assert Collator(layout=layout)(both.__getitems__([1]))["labels"].shape == (1, store.lengths[1])
+
+
 def test_labels_of_themselves() -> None:
     store = make_store()
     assert "labels" not in Collator()(store.__getitems__([0]))

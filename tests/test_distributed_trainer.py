@@ -91,7 +91,9 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
     long = {"max_steps": 60, "save_strategy": "steps", "save_steps": 10, "save_total_limit": 2, "optim": "adamw_torch"}
     expected = ranks.run(1, work.train, spread(spec, 1, 1, **long))[0]
     cut = {**spec, "out": str(tmp_path / "cut")}
-    killed = ranks.finish(ranks.start(before[0], work.train, {**spread(cut, *before, **long), "kill_at": 23}), timeout=60)
+    killed = ranks.finish(
+        ranks.start(before[0], work.train, {**spread(cut, *before, **long), "kill_at": 23}), timeout=60
+    )
     assert all(isinstance(rank, ranks.Failure) for rank in killed)
     assert ranks.Failure("exit", "-9") in killed
     found = ranks.run(after[0], work.train, {**spread(cut, *after, **long), "resume": True})

@@ -31,8 +31,7 @@ ELEMENT = hk.HiddenKeyConfig(
 )
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "shuffled"), [*((name, False) for name in LAYOUTS), ("rows", True), ("bfd", True)])
 def test_without_dropout_it_is_trl(layout: str, shuffled: bool, tmp_path: Path) -> None:
     how = {**LAYOUTS[layout], "shuffle_dataset": shuffled, "max_steps": 3, "per_device_train_batch_size": 2}
     runs, gradients = [], []
@@ -65,7 +64,7 @@ def test_trls_metrics_are_not_all_zero(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "mistral", "gemma2", "phi3", "mixtral"])
 def test_packed_or_not_the_masks_and_the_losses_are_the_same(family: str, tmp_path: Path) -> None:
     found = []
-    for layout in ("rows", "bfd", "padding-free"):
+    for layout in ("rows", "bfd", "padding-free")[: 3 if family == "llama" else 2]:
         small = {"n_positions": 40} if family == "gpt2" else {}
         model = cases.build(family, **small)
         run = cases.trainer(tmp_path, cases.texts(), model, family=family, **{**LAYOUTS[layout], **ALL})

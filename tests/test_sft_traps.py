@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -214,12 +215,16 @@ def test_our_loader(packing: bool, tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_two_ranks_take_the_steps_of_one(tmp_path: Path) -> None:
     """Every rank seeds torch alike; masks still differ by document, and the step is that of one process."""
-    layouts: list[dict[str, Any]] = []
-    for layout in (PACKED, {}):
-        for config in (cases.CONFIG, BOTH):
-            layouts.append({**layout, "config": config, "train_sampling_strategy": "sequential"})
-    one = ranks.run(1, cases.train_ranks, str(tmp_path), [{**x, "per_device_train_batch_size": 4} for x in layouts])[0]
-    two = ranks.run(2, cases.train_ranks, str(tmp_path), [{**x, "per_device_train_batch_size": 2} for x in layouts])
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    layouts: list[dict[str, Any]] = [
+        {"config": cases.CONFIG, **PACKED},
+        {"config": BOTH, **PACKED, "peft_config": lora},
+        {"config": cases.CONFIG},
+    ]
+    layouts = [{**layout, "train_sampling_strategy": "sequential"} for layout in layouts]
+    one = cases.train_ranks(str(tmp_path), [{**layout, "per_device_train_batch_size": 4} for layout in layouts])
+    halves = [{**layout, "per_device_train_batch_size": 2} for layout in layouts]
+    two = ranks.run(2, cases.train_ranks, str(tmp_path), halves)
     for number in range(len(layouts)):
         alone, parts = one[number], [rank[number] for rank in two]
         # accelerate deals batches to ranks in turn: together they hold the rows of one process' batch

@@ -67,7 +67,11 @@ def test_seeds_and_curves_may_be_added_to_a_plan_with_results(tmp_path: Path) ->
     digest = load_plan(write(tmp_path, PLAN)).digest
     more = PLAN.replace("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]").partition("curves:")[0]
     assert load_plan(write(tmp_path, more)).digest == digest
-    for old, new in (("1.0e-3", "3.0e-3"), ("train_size: 30", "train_size: 31"), ("select_rows: 20", "select_rows: 21")):
+    for old, new in (
+        ("1.0e-3", "3.0e-3"),
+        ("train_size: 30", "train_size: 31"),
+        ("select_rows: 20", "select_rows: 21"),
+    ):
         assert load_plan(write(tmp_path, PLAN.replace(old, new))).digest != digest
 
 

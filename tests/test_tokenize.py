@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
-from hiddenkey_rs import ConfigError, DataError, HiddenKeyError, TokenStore
+from hiddenkey_rs import ConfigError, DataError, TokenStore
 from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.experiments import features, tasks
 from hiddenkey_rs.experiments.models import byte_tokenizer
 from hiddenkey_rs.loading import encode, texts
 from hiddenkey_rs.loading.text import Tokenisation, tokenize
+from hiddenkey_rs.loading.workers import LostWorkerError
 
 datasets = pytest.importorskip("datasets")
 
@@ -353,7 +354,7 @@ def test_errors_and_deaths_in_other_processes(tiny) -> None:
                 os._exit(9)
             return {"input_ids": [[1]]}
 
-    with pytest.raises(HiddenKeyError, match=r"a process died while it tokenised \(got 2 processes\)"):
+    with pytest.raises(LostWorkerError, match=r"a process died while it tokenised \(got 2 processes\)"):
         made(ROWS, Deadly(), processes=2)
 
 

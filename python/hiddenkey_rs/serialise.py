@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import types
@@ -40,7 +41,7 @@ class Serialisable:
         """The reverse of :meth:`to_dict`; missing keys take their defaults, unknown ones are a :class:`ConfigError`."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} is read from a mapping of its fields (got {values!r}); see to_dict()")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             choice(key, names, f"key in {cls.__name__}")
@@ -108,6 +109,12 @@ class Serialisable:
         """Read ``hiddenkey_config.json`` from an adapter's folder (or the file itself)."""
         path = Path(directory)
         return cls.from_file(path / CONFIG_NAME if path.is_dir() else path)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Field types; evaluating them takes milliseconds, and a plan reads thousands of configs."""
+    return typing.get_type_hints(cls)
 
 
 def _without_version(values: Any) -> Any:

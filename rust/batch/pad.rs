@@ -281,6 +281,8 @@ mod tests {
             assert_eq!(out[24..36], [0, 1, 0, 0, 0, 1, 2, 3, 0, 1, 2, 0]);
             assert_eq!(out[36..], [8, 8, -1, -1, -1, -1, -1, -1, 5, 5, 5, -1]);
             assert_eq!(rows.boundaries(), Ok((vec![0, 2, 3, 3, 4, 8, 11, 12], 4)));
+            let full = Rows { pieces: &pieces[..3], bounds: Some(&[0, 3]), width: 3, ..rows };
+            assert_eq!(full.boundaries(), Ok((vec![0, 2, 3, 3], 2)), "a full row has no padding");
         }
     }
 

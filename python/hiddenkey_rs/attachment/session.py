@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 from weakref import ref
 
@@ -37,10 +37,12 @@ class ActiveStep:
     force: bool = False
     """Draw masks although no gradient is recorded: the second pass of a two-pass loss."""
 
-    @property
-    def idle(self) -> bool:
-        """Whether there are rows and all of them are padding: the model runs as it is, and nothing of it counts."""
-        return bool(self.samples.size) and int(self.samples.max()) < 0
+    idle: bool = field(init=False)
+    """Whether there are rows and all of them are padding: the model runs as it is, and nothing of it counts."""
+
+    def __post_init__(self) -> None:
+        # A number, not a property: a compiled graph may ask for it, and cannot look into an array.
+        object.__setattr__(self, "idle", bool(self.samples.size) and int(self.samples.max()) < 0)
 
 
 class Session:

@@ -47,12 +47,15 @@ def compute(
         raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
     part = handle.config.consistency
     part = None if part is None or part.weight == 0 else part
-    # Asked before the passes, so that an accelerator's host waits for the labels alone.
-    items = 0 if handle.session.require_step().idle else count_items(handle, batch)
+    idle = handle.session.require_step().idle
+    items = 0 if idle else count_items(handle, batch)
+    if idle and batch["labels"].dim() == 2 and not batch["labels"].is_floating_point():
+        batch = {**batch, "labels": torch.full_like(batch["labels"], losses.IGNORED)}
     if handle.head is not None and task_loss is None and batch["labels"].dim() == 2:
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
+    nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
-    if int(items) == 0:  # a mean over nothing is NaN, and so is its gradient
+    if nothing:  # a mean over nothing is NaN, and so is its gradient
         zero = 0.0 * passes.outputs.logits.sum()
         return LossOutput(zero, zero.detach(), None if part is None else zero.detach(), passes.outputs)
     per_row = None
@@ -80,7 +83,8 @@ def _on_tokens(
     passes = _passes(handle, model, part, batch, rows)
     (first, labels), (second, _) = passes.first, passes.second or (None, None)
     both = part is not None and part.gradient == "both"
-    scale = 1 / torch.as_tensor(max(len(labels), 1) if num_items is None else num_items, device=first.device)
+    # Where no token carries loss both terms are 0, and not 0 / 0.
+    scale = 1 / torch.as_tensor(len(labels) if num_items is None else num_items, device=first.device).clamp(min=1)
     weight = 0.0 if part is None else part.weight
     task_scale = scale / 2 if both else scale
     kind = None if part is None else part.kind

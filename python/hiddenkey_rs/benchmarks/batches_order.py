@@ -37,7 +37,7 @@ def _seek(size: int) -> Case:
 
     entrants = [Entrant("ours", lambda: order[next(places)], right)]
     if size <= 10**7:
-        sampler = DistributedSampler(range(size), num_replicas=2, rank=0, seed=7)  # type: ignore[arg-type]
+        sampler: DistributedSampler[int] = DistributedSampler(range(size), 2, rank=0, seed=7)  # type: ignore[arg-type]
         entrants.append(Entrant("DistributedSampler, its first", lambda: next(iter(sampler)), lambda: len(sampler) > 0))
     else:
         entrants.append(Entrant("ours, 2^20 samples", _small_seek(), lambda: True))

@@ -58,11 +58,13 @@ def append_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
 
 
-def keep_lines_to(path: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``: a resumed run writes them again."""
+def keep_lines_to(path: Path, step: int, evaluated: bool) -> None:
+    """Drop the lines that a resumed run writes again: of steps after ``step``, and its evaluation if that was not saved."""
     if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))
+        lines = path.read_text(encoding="utf-8").splitlines()
+        last = step if evaluated else step - 1
+        kept = [line for line in lines if (found := json.loads(line))["step"] <= (last if "evaluation" in found else step)]
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def check_free(out: Path) -> None:

@@ -89,7 +89,8 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
             folder.clear_start(out)
             folder.write_json(out / folder.CONFIG, _recorded(config, spread, trainer))
         else:
-            folder.keep_lines_to(out / folder.LOG, int(checkpoint.name.rpartition("-")[2]))
+            step = int(checkpoint.name.rpartition("-")[2])
+            folder.keep_lines_to(out / folder.LOG, step, evaluated=state.evaluated(step))
     try:
         with interruptible() as watcher.check_interrupt:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

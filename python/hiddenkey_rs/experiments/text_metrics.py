@@ -21,7 +21,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,20 @@ def score_parts(
         rows = [row for row, part in enumerate(parts) if part == name]
         found[name] = score_texts([hypotheses[row] for row in rows], [references[row] for row in rows], metrics)
     return found
+
+
+def flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Scores by part in one mapping, as tables want them: those of ``all`` by their names, others with their part.
+
+    Example:
+        >>> flat({"all": {"bleu": 54.8}, "seen": {"bleu": 62.3}})
+        {'bleu': 54.8, 'bleu_seen': 62.3}
+    """
+    return {
+        name if part == "all" else f"{name}_{part}": value
+        for part, values in scores.items()
+        for name, value in values.items()
+    }
 
 
 def _check(hypotheses: Texts, references: References) -> None:

@@ -48,6 +48,10 @@ class RunState:
             key=lambda n: (sign * self.history[n]["dev"][task.metric], self.history[n]["dev"]["loss"], n),
         )
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the run was evaluated after this step."""
+        return bool(self.history) and self.history[-1]["step"] == step
+
     @classmethod
     def load(cls, checkpoint: Path) -> RunState:
         """The state that was saved with a checkpoint."""
@@ -75,6 +79,9 @@ class Watcher(TrainerCallback):
         """Start the clock and the progress line."""
         self.progress = Progress(state.max_steps, state.global_step) if self.first else None
         self.clock = time.perf_counter()
+        # A checkpoint of an epoch's last step is written before the epoch's end, and the Trainer goes on behind it.
+        if state.global_step and float(state.epoch).is_integer() and not self.run.evaluated(state.global_step):
+            self.on_epoch_end(args, state, control)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the masks of the steps that the log will show, as far as asked for."""

@@ -187,7 +187,7 @@ class Collator:
                 f"joined documents need one label a token (got one an example, layout={self.layout!r}); use "
                 "layout='padded', or labels='tokens'"
             )
-        copied = self.labels == "tokens" or (self.labels == "auto" and joined and per_token is None)
+        copied = self.labels == "tokens" or (self.labels == "auto" and joined)
         types = store.token_columns.get("token_type_ids")
         source = Source(store.values, store.offsets, per_token, types, store.sample_ids)
         return Gatherer(source, self._layouts[copied]), per_row

@@ -16,6 +16,7 @@ from ..errors import ConfigError, HiddenKeyError
 from ..masks import set_num_threads
 from .collator import Collator
 from .sampler import BatchSampler
+from .workers import LostWorkerError
 
 
 class ShardedLoader(DataLoader[Any]):
@@ -44,15 +45,27 @@ class ShardedLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         batches = super().__iter__()
-        return batches if self.device is None else self._moved(batches)
+        return self._delivered(batches) if self.num_workers or self.device is not None else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; see :meth:`BatchSampler.set_epoch`."""
         self.batch_sampler.set_epoch(epoch)
 
-    def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            yield {name: self._put(value) for name, value in batch.items()}
+    def _delivered(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, moved; and one error for a lost worker, which torch shows as whatever it was doing just then."""
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (EOFError, ConnectionError, RuntimeError) as error:
+                if not _tells_of_death(error):
+                    raise
+                text = str(error) or type(error).__name__
+                raise LostWorkerError(
+                    f"a worker of the loader died (got {text!r}); if memory ran out, use fewer workers or none"
+                ) from None
+            yield batch if self.device is None else {name: self._put(value) for name, value in batch.items()}
 
     def _put(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=self.pin_memory) if isinstance(value, Tensor) else value
@@ -183,6 +196,13 @@ def _environment(name: str, default: int) -> int:
     if not text.isdigit():
         raise ConfigError(f"{name} of the environment is no number (got {text!r}); unset it, or start with torchrun")
     return int(text)
+
+
+def _tells_of_death(error: Exception) -> bool:
+    """Whether the error is the loader's own: what a worker's code raised comes as "Caught ... in DataLoader worker"."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return not str(error).startswith("Caught ")
 
 
 def _start_worker(also: Callable[[int], None] | None, worker: int) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, HiddenKeyError
+from ..errors import ConfigError, DataError
 from .arrow import Array
 from .encode import Encoded, Encoder
 from .fingerprint import fingerprint
 from .store import TokenStore
 from .texts import BATCH, Texts
+from .workers import LostWorkerError
 
 logger = logging.getLogger(__name__)
 _AHEAD = 4  # batches a process that wait or are under way: enough to keep it busy, few enough to hold
@@ -73,7 +74,7 @@ def tokenize(
     Raises:
         DataError: no examples; a field that is absent, no text or no number; a text of no tokens; a target that does not
             fit. The row is named. ConfigError: choices that contradict one another or suit no such tokenizer.
-        HiddenKeyError: a process died at work.
+        LostWorkerError: a process died at work.
 
     Example:
         >>> from hiddenkey_rs.experiments.models import byte_tokenizer
@@ -142,7 +143,7 @@ class Tokenisation:
                 while waiting:
                     yield waiting.popleft().result()
             except BrokenProcessPool:
-                raise HiddenKeyError(
+                raise LostWorkerError(
                     f"a process died while it tokenised (got {processes} processes); it may have run out of memory: use fewer"
                 ) from None
             except BaseException:

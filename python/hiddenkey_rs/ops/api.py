@@ -113,7 +113,11 @@ def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
 
 def _fits_blocks(query: Tensor, kept: Tensor, dropout: float) -> bool:
     """Whether blocks of queries are the way for a kept set: it is the same for all heads, and differs by query."""
-    return kept.shape[1] == 1 < kept.shape[2] and query.shape[2] >= BLOCKED_QUERIES and not _kernel_obstacle(query, dropout)
+    return (
+        kept.shape[1] == 1 < kept.shape[2]
+        and query.shape[2] >= BLOCKED_QUERIES
+        and not _kernel_obstacle(query, dropout)
+    )
 
 
 def _in_blocks(

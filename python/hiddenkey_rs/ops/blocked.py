@@ -149,6 +149,7 @@ def _differentiate(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
 
 _attention.register_autograd(_differentiate, setup_context=_save)
 
+
 @dataclass
 class _Block:
     """Some queries of some examples, and the keys that they may see."""
@@ -191,7 +192,9 @@ class _Blocks:
         shared = len(self.allowed) == len(self.keep) == 1  # one mask for all examples
         each = self.keep.shape[1] * self.step * key.shape[2] * query.element_size()
         self.many = self.batch if shared else max(1, MASK_BYTES // max(each, 1))
-        self.room = torch.empty((1 if shared else min(self.many, self.batch)) * each // query.element_size(), dtype=query.dtype)
+        self.room = torch.empty(
+            (1 if shared else min(self.many, self.batch)) * each // query.element_size(), dtype=query.dtype
+        )
 
     @property
     def allowed_pairs(self) -> int:
@@ -241,8 +244,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Ten
     batch, heads, queries, features = query.shape
     keys = key.shape[2]
     fits = key.shape == value.shape == (batch, heads, keys, features)
-    fits = fits and allowed.shape[1:] == (1, queries, keys) and allowed.shape[0] in (1, batch)
-    if not fits or not all(have in (1, want) for have, want in zip(keep.shape, (batch, heads, queries))) or keep.shape[3:] != (keys,):
+    fits = fits and allowed.shape[0] in (1, batch) and allowed.shape[1:] == (1, queries, keys)
+    fits = fits and keep.dim() == 4 and keep.shape[0] in (1, batch) and keep.shape[1] in (1, heads)
+    if not fits or keep.shape[2] not in (1, queries) or keep.shape[3] != keys:
         raise ConfigError(
             f"queries, keys, values and masks disagree (got {tuple(query.shape)}, {tuple(key.shape)}, "
             f"{tuple(value.shape)}, {tuple(allowed.shape)}, {tuple(keep.shape)}); repeat grouped heads first"

@@ -99,10 +99,8 @@ def _text(value: Any) -> str:
     """A value's content, alike for lists, arrays and tensors; what is none of these counts by its type alone."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_text(item)}" for key, item in sorted(value.items(), key=str)) + "}"
-    if isinstance(value, torch.Tensor):
-        return str(value.tolist())
-    if isinstance(value, (np.ndarray, np.generic)):
-        return str(value.tolist())
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return _text(value.tolist())
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(_text, value)) + "]"
     return repr(value) if isinstance(value, (str, bytes, int, float, type(None))) else type(value).__name__

@@ -52,6 +52,14 @@ class SampleIdCollator:
     ``sample_id`` is (B,) int64. It is (B, L), -1 at padding, where rows hold several examples: because a feature brings
     one id a token, or because the collator lays examples one behind the other (``position_ids`` and no
     ``attention_mask``). ``sample_position``, (B, L) int64, stands beside it where features bring it.
+
+    Example:
+        >>> def flat(features):
+        ...     ids = torch.tensor([token for feature in features for token in feature["input_ids"]])[None]
+        ...     return {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 0]])}
+        >>> features = [{"input_ids": [5, 6], "sample_id": 4}, {"input_ids": [7], "sample_id": 9}]
+        >>> SampleIdCollator(flat)(features)["sample_id"]
+        tensor([[4, 4, 9]])
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:

@@ -157,7 +157,9 @@ def outcome(study: Study, found: list[Comparison]) -> list[str]:
         f"Measured by {_and(list(dict.fromkeys(entry.measure.name for entry in found)))} at the chosen epoch; better and worse "
         f"mean p < .05 of paired sign flips after Holm's correction over {_count(len(found), 'comparison')}."
     )
-    return [sentence for sentence in (f"{study.name}: {said}{rest}.", how, _too_few(found)) if sentence]
+    return [
+        sentence for sentence in (f"{study.name}: {said}{rest}.", how, _too_few(found), _left_out(tested)) if sentence
+    ]
 
 
 def _said(method: str, found: list[Comparison]) -> str:
@@ -189,6 +191,16 @@ def _too_few(found: list[Comparison]) -> str:
     which = "No" if len(short) == len(found) else f"{len(short)} of the"
     verb = "comparison can" if which == "No" else "comparisons cannot"
     return f"{which} {verb} reach that p with the {seeds} seeds planned, whatever the differences are."
+
+
+def _left_out(tested: list[Comparison]) -> str:
+    """A method that diverges loses its worst seeds: that must be said where it is compared."""
+    short = [
+        f"{e.planned - len(e.seeds)} of {e.method} − {e.baseline} on {e.task}"
+        for e in tested
+        if len(e.seeds) < e.planned
+    ]
+    return f"Pairs of which a run failed are left out: {', '.join(short)}." if short else ""
 
 
 def losses(study: Study, found: list[Comparison]) -> str:

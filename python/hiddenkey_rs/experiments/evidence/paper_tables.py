@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..sweep.plan import SEARCH, Plan
 from . import paper
 from .measures import Measure, at, values
-from .render import Table
+from .render import NONE, Table
 from .studies import Study
-from .tables import NONE, spread_text
+from .tables import spread_text
 
 _OTHER_KINDS = ("rank", "weight_decay", "epochs", "lora_dropout", "stock_rate", "rank_dropout")
 """What makes a method of the plan a control and none of the paper's."""

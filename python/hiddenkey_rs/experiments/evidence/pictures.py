@@ -17,8 +17,8 @@ from .comparisons import Comparison
 from .measures import Measure
 from .paper_tables import methods_of
 from .render import Picture
+from .runs import curve_points
 from .studies import Study
-from .tables import curve_points
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in print. Beyond seven the marker and the line tell.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -12,8 +12,8 @@ from typing import Any
 from ..statistics import mean_interval
 from .comparisons import Comparison
 from .measures import at, measures, values
+from .runs import curve_points
 from .studies import Study
-from .tables import curve_points
 
 Row = Mapping[str, Any]
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+NONE = "–"
+"""A cell of what has not been run."""
 _COMMAND = "hiddenkey sweep "
 
 

@@ -12,19 +12,9 @@ from .measures import Measure
 from .paper_tables import paper_tables
 from .pictures import Pictures
 from .render import Picture, Table
+from .runs import cell_commands, costs, curve_table, run_commands
 from .studies import Study
-from .tables import (
-    cell_commands,
-    costs,
-    coverage,
-    curve_table,
-    detail,
-    overview,
-    rows_of,
-    run_commands,
-    setting_text,
-    tests,
-)
+from .tables import coverage, detail, overview, rows_of, setting_text, tests
 
 Block = str | Table | tuple[Picture, ...]
 

@@ -22,7 +22,7 @@ _CURVE = ("vary", "values", "methods", "tasks", "seeds")
 _METHOD = ("settings", "rate_field", "final_seeds")
 # What a run knows and a plan decides by itself, or that changes no result.
 _OWN = ("task", "data", "train_file", "dev_file", "test_file", "dataset", "dataset_config", "seed", "out", "threads")
-_OWN += ("log_masks", "save_steps", "max_steps", "log_every", "dev_rows")
+_QUIET = ("log_masks", "save_steps", "max_steps", "log_every", "dev_rows")
 
 
 def load_plan(path: str | Path, data: str | None = None) -> Plan:
@@ -116,7 +116,7 @@ class _Reader:
         return tuple(value)
 
     def _run_fields(self, place: Place, also: tuple[str, ...] = ()) -> dict[str, Any]:
-        names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN)
+        names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET)
         names += (*(f.name for f in fields(Controls)), *also)
         return dict(self._mapping(place, names))
 
