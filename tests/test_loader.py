@@ -18,6 +18,8 @@ import ranks
 from hiddenkey_rs import ConfigError, DataError, HiddenKeyError, StateError, build_dataloader
 from hiddenkey_rs.loading.workers import LostWorkerError
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # that is what is tried here
+
 ALONE = {"rank": 0, "world_size": 1}
 SAMPLES = 45
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,80 @@ def test_resume_after_a_kill_ends_where_the_undisturbed_run_ends(files: list[str
         for name in ("cut", "whole")
     ]
     assert lines[0] == lines[1]
+
+
+def stop_at(out: Path, step: int) -> None:
+    """Make of a finished run what a kill after this step's checkpoint leaves."""
+    (out / "metrics.json").unlink()
+    for path in out.glob("checkpoint-*"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(("save_steps", "kept"), [("3", 6), ("4", 4)])
+def test_resume_within_an_epoch_and_at_its_end(save_steps: str, kept: int, files: list[str], tmp_path: Path) -> None:
+    """A checkpoint of an epoch's last step is older than the evaluation at its end, which must not get lost."""
+    flags = ["--save-steps", save_steps, "--loader", "hiddenkey"]
+    assert train(files, tmp_path / "run", *flags) == 0
+    whole, logged = figures(tmp_path / "run"), (tmp_path / "run" / "log.jsonl").read_text()
+    assert len(logged.splitlines()) == 6
+    stop_at(tmp_path / "run", kept)
+    (tmp_path / "run" / "checkpoint-7").mkdir()  # a kill while it was written
+    assert train(files, tmp_path / "run", *flags, "--resume") == 0
+    assert figures(tmp_path / "run") == whole
+    assert (tmp_path / "run" / "log.jsonl").read_text() == logged
+
+
+def test_resume_auto(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, flags = tmp_path / "run", ["--save-steps", "3", "--resume", "auto"]
+    assert train(files, out, *flags) == 0, "nothing to resume: it starts"
+    whole = figures(out)
+    assert train(files, out, *flags) == 0, "finished: nothing is left to do"
+    for step in (6, 0):  # stopped behind the first checkpoint, and before it
+        stop_at(out, step)
+        assert train(files, out, *flags, "--rank", "4") == 2
+        assert "the stopped run made another choice (got rank=4, the run has 2)" in capsys.readouterr().err
+        assert train(files, out, *flags) == 0
+        assert figures(out) == whole
+    assert train(files, out, "--resume", "maybe") == 2
+    assert "invalid choice: 'maybe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loader", "hiddenkey"], "has another loader (got --loader hiddenkey, the run has stock)"),
+        (["--batch-size", "4"], "(got 1 process(es) of 1 x 4 rows, the run has 1 of 1 x 8)"),
+        (["--accumulation", "2"], "(got 1 process(es) of 2 x 8 rows, the run has 1 of 1 x 8)"),
+    ],
+)
+def test_a_stock_run_goes_on_as_it_was(flags: list[str], message: str, files, tmp_path: Path, capsys) -> None:
+    assert train(files, tmp_path / "run", "--max-steps", "1") == 0
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert train(files, tmp_path / "run", "--max-steps", "1", "--resume", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_our_loader_goes_on_with_other_micro_batches(files: list[str], tmp_path: Path, capsys) -> None:
+    ours = ["--loader", "hiddenkey", "--save-steps", "3"]
+    assert train(files, tmp_path / "run", *ours) == 0
+    whole = figures(tmp_path / "run")
+    stop_at(tmp_path / "run", 6)
+    assert train(files, tmp_path / "run", *ours, "--resume", "--batch-size", "4") == 2
+    assert "takes steps of 8 rows (got 1 process(es) of 1 x 4 = 4)" in capsys.readouterr().err
+    assert train(files, tmp_path / "run", *ours, "--resume", "--batch-size", "3", "--accumulation", "3") == 2
+    assert train(files, tmp_path / "run", *ours, "--resume", "--batch-size", "2", "--accumulation", "4") == 0
+    again = figures(tmp_path / "run")
+    for part in ("train", "dev"):
+        assert again[part] == pytest.approx(whole[part], abs=1e-6)
+
+
+def test_token_budgets_from_the_command_line(files: list[str], tmp_path: Path, capsys) -> None:
+    assert train(files, tmp_path / "run", "--token-budget", "300", "--max-steps", "5") == 0
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["spread"] == {"processes": 1, "accumulation": 1, "rows": None, "loader": "hiddenkey"}
+    assert train(files, tmp_path / "other", "--token-budget", "300", "--loader", "stock") == 2
+    assert "the stock loader makes batches of rows (got token_budget=300)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pattern", ["element", "column", "span"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError, HiddenKeyError
 
 
-class Unfinished(HiddenKeyError):
+class UnfinishedError(HiddenKeyError):
     """Trials failed, or the slice of time was over."""
 
     exit_code = 1
@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at a time (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of a process (default: an equal share)")
     parser.add_argument("--only", metavar="ID", help="one trial: task/method/setting/seed/stage")
-    parser.add_argument("--retries", type=int, default=1, metavar="N", help="further tries of a failed trial (default: 1)")
+    parser.add_argument(
+        "--retries", type=int, default=1, metavar="N", help="further tries of a failed trial (default: 1)"
+    )
     parser.add_argument("--slice", type=float, metavar="MINUTES", help="start no trial after so many minutes")
     parser.add_argument("--dry-run", action="store_true", help="check the plan and list what is missing")
     parser.add_argument("--backend", choices=("local", "ray"), default="local", help="who runs trials (default: local)")
@@ -50,7 +52,9 @@ def main(options: argparse.Namespace) -> int:
         from ..experiments.sweep.ray_pool import RayPool
 
         threads = options.threads or 1
-        missing = sweep.run(lambda: RayPool(options.jobs, threads, plan.digest, command), options.only, _seconds(options))
+        missing = sweep.run(
+            lambda: RayPool(options.jobs, threads, plan.digest, command), options.only, _seconds(options)
+        )
     else:
         missing = sweep.run(
             lambda: local_pool(plan, options.jobs, options.threads, command), options.only, _seconds(options)
@@ -60,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
     total = len(sweep.trials())
     print(f"{total - missing} of {total} trials done; hiddenkey report {options.out} shows them")
     if missing and options.only is None:
-        raise Unfinished(f"trials are missing (got {missing} without results); run the same command again")
+        raise UnfinishedError(f"trials are missing (got {missing} without results); run the same command again")
     return 0
 
 

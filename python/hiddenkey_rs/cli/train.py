@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Train and print the table."""
-    from ..experiments.report import table
     from ..experiments.job import job
+    from ..experiments.report import table
     from ..experiments.run import run
     from ..train import ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..errors import HiddenKeyError
 from ..train import ranks
 from ..train.heartbeat import heartbeat, lost
 from .extras import extra
@@ -38,6 +39,8 @@ def job() -> Iterator[None]:
     try:
         with heartbeat():
             yield
+    except HiddenKeyError:
+        raise
     except RuntimeError as error:
         # gloo's place in its source before, advice behind
         text = str(error).partition("\n")[0].partition(" This is typically")[0].rpartition("] ")[2].rstrip(". ")

@@ -32,7 +32,7 @@ from .selection import chosen_epoch, score, split_rows
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
 
 
-class Diverged(Exception):
+class DivergedTrialError(Exception):
     """A loss that is no number, at this optimiser step."""
 
     def __init__(self, step: int) -> None:
@@ -56,10 +56,10 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
     model, parts, collate = _prepare(trial, task)
     watcher = _Watcher(trial, task, model, parts, collate)
     trainer = _trainer(trial.config, model, parts["train"], collate, watcher)
-    failure: Diverged | None = None
+    failure: DivergedTrialError | None = None
     try:
         trainer.train()
-    except Diverged as diverged:
+    except DivergedTrialError as diverged:
         failure = diverged
     finally:
         trainer.handle.detach()
@@ -117,7 +117,7 @@ class _Watcher(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """A loss that is no number ends the trial."""
         if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
-            raise Diverged(state.global_step)
+            raise DivergedTrialError(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
@@ -132,7 +132,7 @@ class _Watcher(TrainerCallback):
             )
         figures = {name: _rounded(result.figures(self.task)) for name, result in found.items()}
         if not all(math.isfinite(entry["loss"]) for entry in figures.values()):
-            raise Diverged(state.global_step)
+            raise DivergedTrialError(state.global_step)
         self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
         self.last = found["report"]
         place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
