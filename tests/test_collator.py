@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import hiddenkey_rs as hk
 from hiddenkey_rs import Collator, ConfigError, DataError, PlanSpec, TokenStore
 from hiddenkey_rs.attachment import tokens as attached
+from hiddenkey_rs.loading.buffers import Ring
 from hiddenkey_rs.loading.packed import PackedStore
 from hiddenkey_rs.loading.rows import RowBatch
 from reference import pad as reference
@@ -278,6 +279,8 @@ def test_examples_with_a_label_each() -> None:
         batch = Collator()(features(store, [3, 0], **{name: label}))
         assert batch["labels"].dtype == expected.dtype
         assert torch.equal(batch["labels"], expected)
+    assert Collator()([{"input_ids": [5], "label": 1}])["labels"].tolist() == [1], "a number is no list of one"
+    assert Collator()([{"input_ids": [5], "label": [1]}])["labels"].tolist() == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +303,7 @@ def test_examples_with_a_label_each() -> None:
             r"token_type_ids must be as long .*\(got shape \(1,\) for 2 in",
         ),
         (
-            [{"input_ids": [1], "attention_mask": [1]}, {"input_ids": [1, 0], "attention_mask": [1, 0]}],
+            [{"input_ids": [1], "attention_mask": [1]}, {"input_ids": [0, 1], "attention_mask": [0, 1]}],
             r"the attention mask hides a token \(got 0 in example 1\); tokenise without padding",
         ),
         (
@@ -455,6 +458,11 @@ def test_buffers_take_turns() -> None:
     assert again[0]["input_ids"].data_ptr() == again[2]["input_ids"].data_ptr() != again[1]["input_ids"].data_ptr()
     other = pickle.loads(pickle.dumps(collator))
     assert other(store.__getitems__([0]))["input_ids"].data_ptr() not in {b["input_ids"].data_ptr() for b in again}
+
+
+def test_a_buffer_grows_as_it_must() -> None:
+    ring = Ring(1, pin_memory=False)
+    assert [ring.take(places).numel() for places in (5, 6, 3, 0)] == [5, 6, 3, 0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

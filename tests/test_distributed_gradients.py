@@ -52,16 +52,18 @@ def test_ddp(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "wrap"),
-    [("bert", "layers"), ("bert", "root"), ("bert", "first")]
-    + [("llama", "layers"), ("llama", "root"), ("llama", "head"), ("llama", "first")],
+    [
+        *(("bert", wrap) for wrap in ("layers", "root", "first")),
+        *(("llama", wrap) for wrap in ("layers", "root", "head", "first")),
+    ],
 )
 def test_fully_shard(family: str, wrap: str) -> None:
     """The second pass without gradient, layers that run once for both passes, and a head whose weight is spread."""
     compare(2, wrap, accumulation=2, family=family, config=SPANS)
 
 
-@pytest.mark.parametrize(("wrap", "config"), [("head", work.BOTH), ("layers", JS), ("ddp", work.BOTH)])
-def test_both_branches_and_the_undropped_pass(wrap: str, config: hk.HiddenKeyConfig) -> None:
+@pytest.mark.parametrize(("wrap", "config"), [("head", work.BOTH), ("layers", JS), ("ddp", work.BOTH), ("ddp", SPANS)])
+def test_checkpointing_and_every_kind_of_pass(wrap: str, config: hk.HiddenKeyConfig) -> None:
     compare(2, wrap, accumulation=4, family="llama", config=config, checkpointing=True)
 
 

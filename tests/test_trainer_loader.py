@@ -55,7 +55,7 @@ def test_a_store_just_works(tmp_path: Path) -> None:
     assert found == planned(run.train_dataset, 9, batch_size=4)
     for first in (0, 6):  # 22 rows in steps of 4: 6 steps an epoch, the last with 2 rows
         assert len(found[first]) == 4
-    assert sorted(sum((found[step] for step in range(6)), [])) == list(range(22))
+    assert sorted(row for step in range(6) for row in found[step]) == list(range(22))
     assert [found[step] for step in range(3)] != [found[step] for step in range(6, 9)]
 
 
@@ -92,7 +92,7 @@ def test_choices_of_the_loader(tmp_path: Path) -> None:
 def test_sample_ids_of_a_list_win(tmp_path: Path) -> None:
     named = [{**row, "sample_id": 100 + n} for n, row in enumerate(work.rows("bert", 22))]
     run = work.trainer(spec(tmp_path, data=named, store=False, arguments={"max_steps": 6}))
-    assert sorted(sum(steps_of(run).values(), [])) == list(range(100, 122))
+    assert sorted(row for rows in steps_of(run).values() for row in rows) == list(range(100, 122))
 
 
 def test_evaluation_reads_stores(tmp_path: Path) -> None:

@@ -160,6 +160,7 @@ class Gatherer:
     def __init__(self, source: Source, layout: Layout) -> None:
         self.source, self.layout = source, layout
         self._columns = (source.values, source.labels, source.types)
+        self._bounds = (source.offsets, len(source.values))
         self._flags = (layout.left, layout.mask, layout.copy_labels, layout.positions)
         names = ["input_ids"]
         names += ["attention_mask"] if layout.mask else []
@@ -176,9 +177,9 @@ class Gatherer:
                 and sample id -1. An empty document becomes a row of padding alone.
             room: where to write.
         """
-        rows = _rows(rows)
-        longest, _ = self._extent(rows)
-        planes = room((len(self.names), len(rows), _rounded(longest, self.layout.multiple_of)))
+        rows, layout = _rows(rows), self.layout
+        longest, _ = _core.extent(*self._bounds, rows, layout.numbers[0])
+        planes = room((len(self.names), len(rows), _rounded(longest, layout.multiple_of)))
         samples = np.empty(len(rows), _INT64)
         self._gather((rows, None, None), samples, planes)
         return Gathered(self.names, planes, samples, rows, None, None, longest)
@@ -190,7 +191,7 @@ class Gatherer:
         Places that ``multiple_of`` adds are a document of padding at the end.
         """
         rows = _rows(rows)
-        _, total = self._extent(rows)
+        _, total = _core.extent(*self._bounds, rows, self.layout.numbers[0])
         bounds = np.array([0, len(rows)], np.int64)
         return self._joined((rows, None, bounds), 1, _rounded(total, self.layout.multiple_of), room)
 
@@ -239,10 +240,6 @@ class Gatherer:
         found = self._gather(pieces, samples, planes)
         assert found is not None
         return Gathered(self.names, planes, samples, pieces[0], None if pieces[1] is None else pieces[1][1], *found)
-
-    def _extent(self, rows: NDArray[np.int64]) -> tuple[int, int]:
-        """The longest row's length, and all lengths together."""
-        return _core.extent(self.source.offsets, len(self.source.values), rows, self.layout.numbers[0])
 
     def _gather(
         self, pieces: _Pieces, samples: NDArray[np.int64], planes: NDArray[np.int64]

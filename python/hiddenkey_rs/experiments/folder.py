@@ -63,7 +63,9 @@ def keep_lines_to(path: Path, step: int, evaluated: bool) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         last = step if evaluated else step - 1
-        kept = [line for line in lines if (found := json.loads(line))["step"] <= (last if "evaluation" in found else step)]
+        kept = [
+            line for line in lines if (found := json.loads(line))["step"] <= (last if "evaluation" in found else step)
+        ]
         write_text(path, "".join(line + "\n" for line in kept))
 
 

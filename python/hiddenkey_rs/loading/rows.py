@@ -8,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+_INT64 = np.dtype(np.int64)
+
 
 class RowBatch:
     """Which rows of which store make a batch. The collator reads their tokens, all of them in one call.
@@ -39,11 +41,10 @@ class RowBatch:
             >>> RowBatch.of(None, [3, -1]).rows.tolist()
             [3, -1]
         """
-        numbers = np.array(rows, dtype=np.int64)
-        if type(rows) is list:
+        numbers = np.array(rows, _INT64)
+        if not hasattr(rows, "epoch"):
             return cls(store, numbers)
-        place = (getattr(rows, name, None) for name in ("epoch", "step", "micro"))
-        return cls(store, numbers, *place)
+        return cls(store, numbers, *(getattr(rows, name, None) for name in ("epoch", "step", "micro")))
 
     def __len__(self) -> int:
         return len(self.rows)
