@@ -235,6 +235,19 @@ def command(arguments: list[str] | list[list[str]], sharded: bool = False) -> tu
     return code, said.getvalue()
 
 
+def written_loop(code: str) -> dict[str, Any]:
+    """The weights after ``code``, a loop that somebody wrote down."""
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
+    else:
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    model = families.build("llama", initializer_range=0.2)
+    names = {"hk": hk, "torch": torch, "DistributedDataParallel": DistributedDataParallel, "model": model}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(code, {**names, "store": store(rows("llama", 21)), "optimizer": optimizer})
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
 def first_fsdp() -> None:
     """A step through FSDP's first version."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -257,3 +270,41 @@ def silent() -> None:
         if distributed.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         distributed.barrier()
+
+
+def fine_tune(spec: dict[str, Any]) -> list[dict[str, float]]:
+    """TRL's supervised fine-tuning; what was logged."""
+    import datasets
+    import trl
+
+    from hiddenkey_rs.experiments.models import byte_tokenizer
+    from hiddenkey_rs.train.sft import HiddenKeySFTTrainer
+
+    data = datasets.Dataset.from_list([{"prompt": f"say {n}", "completion": " no" * (n % 4 + 1)} for n in range(21)])
+    args = trl.SFTConfig(
+        spec["out"],
+        max_steps=3,
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
+        packing=spec["packing"],
+        max_length=64,
+        learning_rate=0.1,
+        optim="sgd",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+    )
+    run = HiddenKeySFTTrainer(
+        families.build("llama", vocab_size=300, max_position_embeddings=80),
+        args,
+        train_dataset=data,
+        processing_class=byte_tokenizer(),
+        config=CONFIG,
+        stock_dropout="off",
+        loader="hiddenkey",
+    )
+    run.train()
+    names = ("loss", "consistency_loss", "entropy", "mean_token_accuracy", "num_tokens")
+    return [{name: entry[name] for name in names} for entry in run.state.log_history if "loss" in entry]

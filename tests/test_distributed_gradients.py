@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,3 +86,13 @@ def test_the_first_fsdp_is_refused() -> None:
             "UnsupportedModelError",
             True,
         )
+
+
+def test_the_loop_that_the_docs_show() -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "multi-node.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = code.replace("batch_size=256", "batch_size=8")
+    [expected] = ranks.run(1, work.written_loop, code)
+    for found in ranks.run(4, work.written_loop, code):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-6, err_msg=name)

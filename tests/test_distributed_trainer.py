@@ -164,3 +164,16 @@ def test_ranks_that_launch_apart_are_refused(tmp_path: Path) -> None:
     for rank in ranks.finish(ranks.start(2, work.train, unsharded), timeout=60):
         assert rank.kind == "ConfigError"
         assert "it would train without FSDP (got device 'cpu', 2 process(es))" in rank.text
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_supervised_fine_tuning(packing: bool, tmp_path: Path) -> None:
+    """Packed, there are fewer rows than ranks: some have a padding row in every step."""
+    pytest.importorskip("trl")
+    spec = {"out": str(tmp_path), "packing": packing}
+    [expected] = ranks.run(1, work.fine_tune, spec)
+    found = ranks.run(4, work.fine_tune, spec)
+    assert len(expected) == 3
+    for rank in found:
+        for mine, theirs in zip(rank, expected, strict=True):
+            assert mine == pytest.approx(theirs, abs=5e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hiddenkey_rs.loading.collator import Collator
 from hiddenkey_rs.train import Loader
 from hiddenkey_rs.train.fingerprint import data_parts, weights_digest
 from hiddenkey_rs.train.loader import PaddedRows, Weightless
+from hiddenkey_rs.train.resume import warn_about_generators
 from hiddenkey_rs.train.stream import Stream
 
 
@@ -258,3 +260,20 @@ def test_digests_of_data_and_weights() -> None:
         model.weight[1, 2] += 1e-6
     assert weights_digest(model) != before
     assert weights_digest(model.to(torch.bfloat16)) != before
+
+
+def test_torchs_own_dropout_on_other_ranks_is_spoken_of(tmp_path: Path) -> None:
+    for name in ("rng_state_0.pth", "rng_state_1.pth"):
+        (tmp_path / name).touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_about_generators(str(tmp_path), 2, model_draws=True)
+        warn_about_generators(str(tmp_path), 1, model_draws=False)
+    for now in (1, 3):
+        with pytest.warns(UserWarning, match=rf"another number of ranks \(got {now} now\).*stock_dropout=\"off\""):
+            warn_about_generators(str(tmp_path), now, model_draws=True)
+    (tmp_path / "rng_state_1.pth").unlink()
+    (tmp_path / "rng_state_0.pth").rename(tmp_path / "rng_state.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_about_generators(str(tmp_path), 1, model_draws=True)

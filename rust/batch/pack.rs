@@ -242,12 +242,18 @@ mod tests {
         }
     }
 
-    /// Enough different rows that blocks are cut in two.
+    /// Thousands of lengths: the caller is asked now and then whether to go on.
     #[test]
     fn many_runs() {
         let lengths: Vec<i64> = (0..30_000u64).map(|i| (i * 2_654_435_761 % 9_973) as i64).collect();
-        let packing = pack(&run(), &lengths, 10_000, TooLong::Refuse).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let ask = || {
+            asked.set(asked.get() + 1);
+            false
+        };
+        let packing = pack(&Run { interrupted: &ask, ..run() }, &lengths, 10_000, TooLong::Refuse).unwrap();
         assert_eq!(rows(&packing), first_fit(&lengths, 10_000));
+        assert!(asked.get() > 30);
     }
 
     #[test]
