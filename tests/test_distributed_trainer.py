@@ -149,9 +149,11 @@ def test_a_lost_rank_is_noticed() -> None:
     """Rank 1 stops without a word in a long wait of rank 0: no connection breaks, only signs of life are missing."""
     started = ranks.start(2, work.silent)
     clock = time.monotonic()
-    assert ranks.finish(started[:1], timeout=60) == [ranks.Failure("exit", "1")]
+    try:
+        assert ranks.finish(started[:1], timeout=60) == [ranks.Failure("exit", "1")]
+    finally:
+        ranks.finish(started[1:], timeout=0)
     assert time.monotonic() - clock < 40
-    ranks.finish(started[1:], timeout=0)
 
 
 def test_ranks_that_launch_apart_are_refused(tmp_path: Path) -> None:

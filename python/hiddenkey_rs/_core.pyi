@@ -112,15 +112,11 @@ def set_threads(count: int) -> None: ...
 def pack(
     lengths: _Integers, capacity: int, too_long: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]: ...
-def extent(
-    offsets: NDArray[np.int64], values: int, rows: NDArray[np.int64], limit: int
-) -> tuple[int, int]: ...
+def extent(offsets: NDArray[np.int64], values: int, rows: NDArray[np.int64], limit: int) -> tuple[int, int]: ...
 def gather(
     columns: tuple[_Integers, _Integers | None, _Integers | None],
     offsets: NDArray[np.int64],
-    pieces: tuple[
-        NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]] | None, NDArray[np.int64] | None
-    ],
+    pieces: tuple[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int64]] | None, NDArray[np.int64] | None],
     numbers: tuple[int, int, int],
     flags: tuple[bool, bool, bool, bool],
     samples: tuple[NDArray[np.int64] | None, NDArray[np.int64]],
@@ -137,6 +133,9 @@ def schedule(
     ends: NDArray[np.int64],
 ) -> int: ...
 def schedule_counts(
-    drawn: tuple[int, int, bool], sizes: tuple[int, int, int, int], lengths: NDArray[np.uint32], counts: NDArray[np.int64]
+    drawn: tuple[int, int, bool],
+    sizes: tuple[int, int, int, int],
+    lengths: NDArray[np.uint32],
+    counts: NDArray[np.int64],
 ) -> None: ...
 def share(samples: NDArray[np.int64], lengths: NDArray[np.uint32], out: NDArray[np.int64]) -> None: ...

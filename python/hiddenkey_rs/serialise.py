@@ -41,7 +41,7 @@ class Serialisable:
         """The reverse of :meth:`to_dict`; missing keys take their defaults, unknown ones are a :class:`ConfigError`."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} is read from a mapping of its fields (got {values!r}); see to_dict()")
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             choice(key, names, f"key in {cls.__name__}")

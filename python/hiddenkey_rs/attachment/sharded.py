@@ -35,4 +35,3 @@ def gathered(model: nn.Module, part: nn.Module) -> Iterator[bool]:
     finally:
         if apart:
             units[-1].reshard()
-

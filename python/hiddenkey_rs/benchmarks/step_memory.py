@@ -1,12 +1,14 @@
 """Peak memory of a training step, variant by variant.
 
 On the host the peak is a process's, so each variant gets a process of its own, forked from a server that has only
-imported what they need: growth from before the model exists to the highest point of two steps. On a device it is what
-torch's allocator counted.
+imported what they need: growth from before the model exists to the highest point of a few steps. Large tensors are mapped
+on their own there: glibc's heap keeps holes between blocks, by chance and for every variant, up to half as much again as
+is ever in use, and what a step needs would drown in them. On a device it is what torch's allocator counted.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -65,6 +67,7 @@ def _grown(shape: Shape, variant: Variant, threads: int) -> float:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it talks of kernels it lacks
     quiet_libraries()
     machine.set_threads(threads)
+    _map_large_blocks()
     before = _resident()
     runner = Runner(shape, variant, base_model(shape, "cpu"), "cpu")
     for _ in range(_STEPS):
@@ -72,6 +75,12 @@ def _grown(shape: Shape, variant: Variant, threads: int) -> float:
     # Linux counts in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1 << 10)
     return (peak - before) / (1 << 20)
+
+
+def _map_large_blocks() -> None:
+    """Let glibc give every block of a MiB or more pages of its own, and take them back at once."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD; set by hand, it no longer grows with what is freed
 
 
 def _resident() -> int:

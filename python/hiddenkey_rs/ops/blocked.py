@@ -210,7 +210,8 @@ class _Blocks:
                 first = False
 
     def _block(self, examples: slice, rows: slice, first: bool) -> _Block:
-        allowed, seen = (table[examples] if len(table) > 1 else table for table in (self.allowed, self.seen))
+        allowed = self.allowed[examples] if len(self.allowed) > 1 else self.allowed
+        seen = self.seen[examples] if len(self.seen) > 1 else self.seen
         keep = self.keep[examples] if len(self.keep) > 1 else self.keep
         here = seen[:, rows]
         columns = slice(int(here[..., 0].min()), int(here[..., 1].max()))
