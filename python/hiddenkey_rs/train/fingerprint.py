@@ -59,8 +59,8 @@ def run_parts(config: HiddenKeyConfig, stock_dropout: str, arguments: Any, model
 def data_parts(data: Any) -> Parts:
     """The parts of a data set: how many examples, and a digest; its own, or that of :data:`SPOTS` of them."""
     found = {"data set's size": str(len(data)) if hasattr(data, "__len__") else "unknown"}
-    if hasattr(data, "digest"):
-        return {**found, "data": str(data.digest)}
+    if isinstance(digest := getattr(data, "digest", None), str):
+        return {**found, "data": digest}
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
         return found
     rows = sorted({int(row) for row in np.linspace(0, len(data) - 1, SPOTS)})

@@ -6,6 +6,7 @@ of life comes from a thread of its own, so a rank may take its time, but not van
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -42,12 +43,16 @@ def heartbeat(beat: float = BEAT, silence: float = SILENCE) -> Iterator[None]:
     """Watch the other ranks while the work inside runs; a lost one ends this process with a message and exit code 1.
 
     Needs a process group that was made from the environment (``MASTER_ADDR``, ``MASTER_PORT``), as torchrun gives it.
+
+    Args:
+        beat: seconds between signs of life. silence: after which a rank is lost.
     """
     if ranks.world_size() == 1:
         yield
         return
     run = ranks.gather(uuid.uuid4().hex)[0]  # keys of an earlier start of this job may still be there
     pulse = _Pulse(PrefixStore(f"hiddenkey/{run}", _client()), beat, silence)
+    ranks.wait()  # for every rank's first sign
     thread = threading.Thread(target=pulse.run, name="hiddenkey heartbeat", daemon=True)
     thread.start()
     try:
@@ -66,36 +71,38 @@ def _client() -> Store:
 
 
 class _Pulse:
-    """Rank 0 looks after all others, and they look after it: one look a beat and rank."""
+    """Rank 0 looks after all others, and they look after it."""
 
     def __init__(self, store: Store, beat: float, silence: float) -> None:
         self.store, self.beat, self.silence = store, beat, silence
         self.rank = ranks.rank()
         self.others = range(1, ranks.world_size()) if self.rank == 0 else range(1)
         self.stopped = threading.Event()
+        self._sign(0)
 
     def run(self) -> None:
         """The thread: beat and look, until the work is done."""
-        heard = {other: (-1, time.monotonic()) for other in self.others}
+        heard = {other: (b"", time.monotonic()) for other in self.others}
         number = 0
         while not self.stopped.wait(self.beat):
             number += 1
             try:
-                self.store.set(f"beat {self.rank}", str(number))
-                for other in self.others:
-                    heard[other] = self._hear(other, heard[other])
-                gone = [other for other, (_, at) in heard.items() if time.monotonic() - at > self.silence]
+                self._sign(number)
+                signs = self.store.multi_get([f"beat {other}" for other in self.others])
                 if self.rank and self.store.check([_END]):  # rank 0 has said it
                     os._exit(LostRankError.exit_code)
             except RuntimeError:  # the store is on rank 0, or with the torchrun that started it
-                gone = [0]
+                signs, heard = [], {0: (b"", -math.inf)}
+            now = time.monotonic()
+            for other, sign in zip(self.others, signs, strict=False):
+                if sign != heard[other][0]:
+                    heard[other] = (sign, now)
+            gone = [str(other) for other, (_, at) in heard.items() if now - at > self.silence]
             if gone and not self.stopped.is_set():
-                self._end(", ".join(map(str, gone)))
+                self._end(", ".join(gone))
 
-    def _hear(self, other: int, before: tuple[int, float]) -> tuple[int, float]:
-        key = f"beat {other}"
-        number = int(self.store.get(key)) if self.store.check([key]) else -1
-        return before if number == before[0] else (number, time.monotonic())
+    def _sign(self, number: int) -> None:
+        self.store.set(f"beat {self.rank}", str(number))
 
     def _end(self, gone: str) -> None:
         if self.rank <= 1:  # rank 1 speaks for the others where rank 0 is gone
