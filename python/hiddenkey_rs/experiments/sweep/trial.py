@@ -205,6 +205,8 @@ def _trainer(config: RunConfig, model: Any, train: list[Example], collate: Any, 
 def _settle(threads: int | None) -> None:
     quiet_libraries()
     warnings.filterwarnings("ignore", message="the model keeps its own dropout")
+    # transformers 5.23 renamed gradient to activation checkpointing and warns of peft's calls by the old name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
