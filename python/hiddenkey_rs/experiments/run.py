@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import resource
 import time
@@ -19,16 +18,15 @@ from . import folder
 from .data import Splits, file_splits, hub_splits, task_splits
 from .demo_data import demo_splits
 from .evaluate import evaluate
-from .extras import extra
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
-from .job import job, on_cpus
+from .job import job
 from .models import add_lora, load_adapter, load_model, quiet_libraries
 from .report import curves
 from .run_config import RunConfig
 from .spread import Spread
 from .tasks import TASKS, Task, own_task
-from .training_data import steps_per_epoch, training_data
+from .training import make_trainer
 from .watch import RunState, Watcher
 from .whole import restore_weights
 
@@ -81,7 +79,7 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
         )
         state = RunState() if checkpoint is None else RunState.load(checkpoint)
         watcher = Watcher(out, prepared.task, state, _evaluation(config, prepared, model), model, config.log_masks)
-        trainer = _trainer(config, spread, prepared, model, drops, watcher)
+        trainer = make_trainer(config, spread, prepared.train, prepared.collate, model, drops, watcher)
         watcher.handle = trainer.handle
     if watcher.first:
         out.mkdir(parents=True, exist_ok=True)
@@ -186,68 +184,6 @@ def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[
         }
 
     return both
-
-
-def _trainer(config: RunConfig, spread: Spread, prepared: Prepared, model: Any, drops: Any, watcher: Watcher) -> Any:
-    import torch
-    import transformers
-
-    from ..train import HiddenKeyTrainer
-
-    extra("accelerate")  # the Trainer's, and an extra of ours
-
-    data, loader = training_data(config, spread, prepared.train)
-    total = config.max_steps or steps_per_epoch(config, spread, data) * config.epochs
-    arguments = transformers.TrainingArguments(
-        output_dir=config.out,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=spread.accumulation,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(config.warmup * total),
-        weight_decay=config.weight_decay,
-        label_smoothing_factor=config.label_smoothing,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="epoch" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        seed=config.seed,
-        data_seed=config.seed,
-        bf16=config.bf16,
-        use_cpu=on_cpus(),
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        # Every pass uses all adapters, unless it leaves out layers by chance.
-        ddp_find_unused_parameters=any(getattr(module, "layerdrop", 0) for module in model.modules()),
-        **_sharding(config),
-    )
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = HiddenKeyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        data_collator=prepared.collate,
-        config=drops,
-        stock_dropout=config.stock,
-        loader=loader,
-        callbacks=[watcher],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def _sharding(config: RunConfig) -> dict[str, Any]:
-    """The Trainer's arguments for weights that are spread over ranks."""
-    if not config.fsdp:
-        return {}
-    # Each rank writes its own part of a checkpoint, and any number of ranks reads it.
-    return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def _metrics(
