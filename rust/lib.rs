@@ -7,7 +7,6 @@
 pub mod apply;
 pub mod batch;
 pub mod error;
-mod gate;
 pub mod mask;
 #[cfg(feature = "python")]
 mod python;

@@ -1,7 +1,6 @@
 //! Long work: on which instruction set, on how many threads, and how it is stopped.
 
 use crate::error::{Error, Result};
-use crate::gate::Gate;
 use crate::simd::Engine;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -76,7 +75,15 @@ impl Run<'_> {
         };
         let helpers = if count < WORTH_WAKING { 0 } else { self.threads.min(count).saturating_sub(1) };
         match pool(helpers) {
-            Some(pool) => Gate::open(&help, |gate| pool.invite(helpers, gate), lead),
+            Some(pool) => pool.threads.in_place_scope(|scope| {
+                for _ in 0..pool.lend(helpers) {
+                    scope.spawn(|_| {
+                        help();
+                        pool.idle.fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+                lead();
+            }),
             None => lead(),
         }
         if stopped.into_inner() { Err(Error::Interrupted) } else { Ok(()) }
@@ -96,18 +103,6 @@ impl Pool {
     fn lend(&self, wanted: usize) -> usize {
         let lend = |idle: usize| Some(idle - idle.min(wanted));
         self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lend).map_or(0, |idle| idle.min(wanted))
-    }
-
-    /// Send so many helpers to a gate, or as many as are idle. One that has not come by the time it is closed stays lent
-    /// until it does.
-    fn invite(self: &Arc<Self>, wanted: usize, gate: &Arc<Gate>) {
-        for _ in 0..self.lend(wanted) {
-            let (pool, gate) = (Arc::clone(self), Arc::clone(gate));
-            self.threads.spawn(move || {
-                gate.help();
-                pool.idle.fetch_add(1, Ordering::Relaxed);
-            });
-        }
     }
 }
 
