@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import hiddenkey_rs as hk
+from hiddenkey_rs.experiments.data import Splits
 from hiddenkey_rs.experiments.sweep.plan import Protocol
 from hiddenkey_rs.experiments.sweep.reading import load_plan
 from hiddenkey_rs.experiments.sweep.selection import chosen_epoch, score, split_rows
@@ -118,13 +119,15 @@ def test_a_missing_plan_says_so() -> None:
 
 ROWS = [{"n": n} for n in range(100)]
 DEV = [{"n": -n} for n in range(1, 41)]
+TEST = [{"n": 1000 + n} for n in range(30)]
+SPLITS = Splits(ROWS, DEV, TEST)
 
 
 def test_subsets_are_nested_and_share_nothing_with_what_is_chosen_on() -> None:
     protocol = Protocol(select_rows=20)
     numbers = {}
     for size in (10, 40, 80):
-        fit, choose, report = split_rows(ROWS, DEV, size, protocol, seed=3)
+        fit, choose, report = split_rows(SPLITS, size, protocol, seed=3)
         numbers[size] = [row["n"] for row in fit]
         assert len(fit) == size
         assert len(choose) == 20
@@ -132,26 +135,31 @@ def test_subsets_are_nested_and_share_nothing_with_what_is_chosen_on() -> None:
         assert report == DEV
     assert numbers[80][:40] == numbers[40]
     assert numbers[40][:10] == numbers[10]
-    other, _, _ = split_rows(ROWS, DEV, 10, protocol, seed=4)
+    other, _, _ = split_rows(SPLITS, 10, protocol, seed=4)
     assert [row["n"] for row in other] != numbers[10]
-    whole, choose, _ = split_rows(ROWS, DEV, None, protocol, seed=3)
+    whole, choose, _ = split_rows(SPLITS, None, protocol, seed=3)
     assert len(whole) == 80
-    _, _, few = split_rows(ROWS, DEV, 10, Protocol(select_rows=20, report_rows=7), seed=3)
-    _, _, same = split_rows(ROWS, DEV, 10, Protocol(select_rows=20, report_rows=7), seed=4)
+    _, _, few = split_rows(SPLITS, 10, Protocol(select_rows=20, report_rows=7), seed=3)
+    _, _, same = split_rows(SPLITS, 10, Protocol(select_rows=20, report_rows=7), seed=4)
     assert few == same
     assert len(few) == 7
+    with_test = Protocol(select_rows=20, report_test=True)
+    assert split_rows(SPLITS, 10, with_test, seed=3)[2] == DEV + TEST
+    assert split_rows(Splits(ROWS, DEV, None), 10, with_test, seed=3)[2] == DEV
     with pytest.raises(hk.DataError, match=r"too few training rows .*got 100, wanted 81 and 20"):
-        split_rows(ROWS, DEV, 81, protocol, seed=3)
+        split_rows(SPLITS, 81, protocol, seed=3)
 
 
 def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
     protocol = Protocol(select_rows=500, select_from="dev")
-    _, choose, report = split_rows(ROWS, DEV, 10, protocol, seed=0)
-    _, again, same = split_rows(ROWS, DEV, 10, protocol, seed=9)
+    _, choose, report = split_rows(SPLITS, 10, protocol, seed=0)
+    _, again, same = split_rows(SPLITS, 10, protocol, seed=9)
     assert choose == again
     assert report == same
     assert len(choose) == len(report) == 20
     assert not {row["n"] for row in choose} & {row["n"] for row in report}
+    with_test = Protocol(select_rows=500, select_from="dev", report_test=True)
+    assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (choose, report + TEST)
 
 
 def test_the_epoch_is_the_best_on_the_selection_rows() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import hiddenkey_rs as hk
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
-from hiddenkey_rs.experiments.sweep.plan import Plan, Trial
+from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
 from hiddenkey_rs.experiments.sweep.reading import load_plan
 from hiddenkey_rs.experiments.sweep.runner import RESULTS, Sweep
 
@@ -247,9 +247,12 @@ def test_a_real_sweep_survives_a_kill(tmp_path: Path) -> None:
     assert "8 of 8 trials done" in done.stdout
     lines = read_lines(results)
     assert len(lines) == 8
-    assert all(entry.status == "done" and entry.history[0]["report"]["ece"] >= 0 for entry in lines)
-    bits, losses = per_example(lines[0], "last")
+    assert all(entry.status == "done" and entry.history[0]["select"]["ece"] >= 0 for entry in lines)
+    searched = [entry for entry in lines if entry.stage == SEARCH]
+    final = next(entry for entry in lines if entry.stage != SEARCH)
+    assert not any(entry.examples or "report" in entry.history[0] for entry in searched), "a search saw reported rows"
+    bits, losses = per_example(final, "last")
     assert bits is not None
-    figures = lines[0].history[-1]["report"]
+    figures = final.history[-1]["report"]
     assert figures["accuracy"] == pytest.approx(bits.mean(), abs=1e-6)
     assert figures["loss"] == pytest.approx(losses.mean(), abs=1e-3)

@@ -24,10 +24,11 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(name: str, task: Task, seed: int) -> tuple[Any, Any]:
+def load_model(name: str, task: Task, seed: int, attention: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) with the head that the task needs; new weights (a classifier's) come from ``seed``.
 
     ``name``: a folder, a hub name, ``minilm`` (the demo extra) or ``gpt2-tiny`` (built in, random weights, bytes).
+    ``attention``: transformers' ``attn_implementation``; default: its own choice.
     """
     import transformers
 
@@ -40,7 +41,9 @@ def load_model(name: str, task: Task, seed: int) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         head = _head(task, config.is_encoder_decoder)
         arguments = _head_arguments(task)
-        model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(source, **arguments)
+        model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+            source, attn_implementation=attention, **arguments
+        )
     except (OSError, ValueError) as error:
         raise _unloadable("model", name, error) from None
     return _with_padding(model, tokenizer), tokenizer

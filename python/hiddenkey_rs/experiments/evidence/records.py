@@ -40,7 +40,7 @@ def runs(studies: Sequence[Study]) -> Iterator[Row]:
                 entry = at(line, when)
                 row[f"epoch_{when}"] = entry["epoch"]
                 for part in ("train", "select", "report"):
-                    row |= {f"{part}_{name}_{when}": value for name, value in entry[part].items()}
+                    row |= {f"{part}_{name}_{when}": value for name, value in entry.get(part, {}).items()}
             row |= {"seconds": line.seconds, "seconds_per_step": line.seconds_per_step, "peak_rss_mb": line.peak_rss_mb}
             row |= {"machine": line.machine, "commit": line.commit, "command": line.command, "line": item.place}
             yield row

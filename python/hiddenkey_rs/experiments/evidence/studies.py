@@ -190,7 +190,7 @@ def _check(item: Found, plan: Plan, folder: Path) -> None:
         return
     metric = plan.task_of(line.task).metric
     for entry in line.history:
-        for part in ("train", "select", "report"):
+        for part in ("train", "select") if line.stage == SEARCH else ("train", "select", "report"):
             lacking = [name for name in ("loss", metric) if not isinstance(entry.get(part, {}).get(name), (int, float))]
             if lacking:
                 raise DataError(

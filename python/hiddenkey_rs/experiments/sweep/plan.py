@@ -7,13 +7,15 @@ The file (YAML)::
       select_rows: 500          # rows that choose the setting and the epoch, cut from the training rows left over
       select_by: metric         # the task's first metric; or: loss, or a metric's name
       report_rows: 1000         # at most so many development rows are reported, the same for all (default: all)
+      report_test: true         # labelled test rows, where a task has them, join the development rows (default: false)
+      evaluate_every: 2         # epochs between looks at the rows held back; always after the last (default: 1)
       search_seeds: [0, 1]      # every method x setting x task x these
       final_seeds: [100, 101]   # the chosen setting of every method x task x these
     base: {model: minilm, rank: 16, lr: 1.0e-3, epochs: 8}      # fields of a run, see hiddenkey train --help
     tasks:
       mrpc-1000: {task: mrpc, train_size: 1000}
     methods:
-      none: {preset: none, settings: [{lr: 5.0e-4}, {lr: 1.0e-3}, {lr: 2.0e-3}]}
+      none: {preset: none, settings: [{lr_scale: 0.5}, {}, {lr_scale: 2.0}]}    # lr_scale: times the task's learning rate
       hiddenkey: {preset: hiddenkey, settings: [{rate: 0.05}, {rate: 0.1}, {rate: 0.2}]}
     comparisons: {baselines: [none], against: [hiddenkey]}      # the family of tests, fixed beforehand
     curves:
@@ -23,7 +25,7 @@ The file (YAML)::
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..run_config import RunConfig
@@ -40,6 +42,8 @@ class Protocol:
     select_from: str = "train"
     select_by: str = "metric"
     report_rows: int | None = None
+    report_test: bool = False
+    evaluate_every: int = 1
     search_seeds: tuple[int, ...] = (0,)
     final_seeds: tuple[int, ...] = (100, 101, 102)
 
@@ -164,8 +168,11 @@ class Plan:
             place = f"{varied[0]}={varied[1]:g}" if isinstance(varied[1], float) else f"{varied[0]}={varied[1]}"
         merged = {**self.base, **self.tasks[task], **entry.common, **setting}
         train_size = merged.pop("train_size", None)
+        scale = merged.pop("lr_scale", 1.0)
         controls = Controls(**{f.name: merged.pop(f.name) for f in fields(Controls) if f.name in merged})
         data = None if merged["task"] == "demo" else self.data
         config = RunConfig.from_dict({**merged, "data": data, "seed": seed})
+        if scale != 1.0:
+            config = replace(config, lr=config.lr * scale)
         name = f"{task}/{method}/{place}/{seed}/{stage}"
         return Trial(name, stage, task, method, setting, seed, train_size, config, controls, self.protocol)

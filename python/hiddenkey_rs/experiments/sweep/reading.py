@@ -95,10 +95,13 @@ class _Reader:
         if given.get("select_from", "train") not in ("train", "dev"):
             what = f"unknown select_from {given['select_from']!r}"
             raise self.source.error((*place, "select_from"), what, "use train or dev")
-        for name in ("select_rows", "report_rows"):
-            rows = given.get(name, 1)
-            if type(rows) is not int or rows < 1:
-                raise self.source.error((*place, name), f"{name} is {rows!r}", "give a number of rows")
+        for name in ("select_rows", "report_rows", "evaluate_every"):
+            count = given.get(name, 1)
+            if type(count) is not int or count < 1:
+                raise self.source.error((*place, name), f"{name} is {count!r}", "give a whole number from 1 up")
+        if type(given.get("report_test", False)) is not bool:
+            what = f"report_test is {given['report_test']!r}"
+            raise self.source.error((*place, "report_test"), what, "write true or false")
         return Protocol(**given)
 
     def _selection_fits(self, by: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -117,7 +120,7 @@ class _Reader:
 
     def _run_fields(self, place: Place, also: tuple[str, ...] = ()) -> dict[str, Any]:
         names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET)
-        names += (*(f.name for f in fields(Controls)), *also)
+        names += (*(f.name for f in fields(Controls)), "lr_scale", *also)
         return dict(self._mapping(place, names))
 
     def _task(self, place: Place) -> dict[str, Any]:

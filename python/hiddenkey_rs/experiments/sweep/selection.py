@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ..data import Row
+from ..data import Row, Splits
 from ..tasks import Task
 from .lines import ResultLine
 from .plan import SEARCH, Protocol, Winners
@@ -19,16 +19,19 @@ _SUBSET, _HALF, _REPORT = 1, 2, 3
 
 
 def split_rows(
-    train: Sequence[Row], dev: Sequence[Row], size: int | None, protocol: Protocol, seed: int
+    splits: Splits, size: int | None, protocol: Protocol, seed: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """(to fit on, to choose on, to report) of one seed. Smaller subsets of a seed are contained in its larger ones.
 
     Chosen on are training rows that no subset of this seed contains, or one fixed half of the development rows; reported
-    are development rows that nothing was chosen on, at most ``report_rows`` of them.
+    are development rows that nothing was chosen on, at most ``report_rows`` of them, with ``report_test`` the test's too.
 
     Raises:
         DataError: too few rows.
     """
+    train, dev = splits.train, splits.dev
+    if protocol.report_test and protocol.select_from == "train":
+        dev = [*dev, *(splits.test or [])]
     order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
     if protocol.report_rows is not None and protocol.report_rows < len(dev):
         dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[: protocol.report_rows]]
@@ -38,6 +41,7 @@ def split_rows(
         half = len(dev) // 2
         fit = order[:size]
         choose, report = [dev[n] for n in halves[:half][:wanted]], [dev[n] for n in sorted(halves[half:])]
+        report += (splits.test or []) if protocol.report_test else []
     else:
         size = len(train) - wanted if size is None else size
         if size < 1 or size + wanted > len(train):

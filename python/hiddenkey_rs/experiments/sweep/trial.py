@@ -26,7 +26,7 @@ from ..provenance import commit, processor, versions
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
 from .lines import ResultLine, pack_examples
-from .plan import Trial
+from .plan import SEARCH, Trial
 from .selection import chosen_epoch, score, split_rows
 
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
@@ -54,7 +54,8 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
     _settle(threads)
     task = TASKS[str(trial.config.task)]
     model, parts, collate = _prepare(trial, task)
-    watcher = _Watcher(trial, task, model, parts, collate)
+    held = parts if trial.stage != SEARCH else {name: parts[name] for name in ("train", "select")}
+    watcher = _Watcher(trial, task, model, held, collate)
     trainer = _trainer(trial.config, model, parts["train"], collate, watcher)
     failure: DivergedTrialError | None = None
     try:
@@ -82,7 +83,7 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         lower_is_better=task.lower_is_better,
         history=history,
         chosen=chosen_epoch(history, task, trial.protocol.select_by) if history else 0,
-        examples={} if failure else {"chosen": _packed(watcher.best), "last": _packed(watcher.last)},
+        examples={} if watcher.last is None or failure else _packed(watcher),
         seconds=round(time.perf_counter() - started, 3),
         seconds_per_step=round(watcher.training_seconds / steps, 6),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -97,7 +98,7 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
 
 
 class _Watcher(TrainerCallback):
-    """Looks at the held-back rows after every epoch, and stops a run whose loss is no number."""
+    """Looks at the held-back rows every few epochs, and stops a run whose loss is no number."""
 
     def __init__(
         self, trial: Trial, task: Task, model: Any, parts: dict[str, list[Example]], collate: Callable[..., Any]
@@ -121,8 +122,10 @@ class _Watcher(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
+        config, epoch = self.trial.config, round(state.epoch)
+        if epoch % self.trial.protocol.evaluate_every and epoch != config.epochs:
+            return
         self.training_seconds += time.perf_counter() - self.clock
-        config = self.trial.config
         rows = config.train_eval_rows or len(self.parts["train"])
         found = {}
         for name, part in self.parts.items():
@@ -134,7 +137,7 @@ class _Watcher(TrainerCallback):
         if not all(math.isfinite(entry["loss"]) for entry in figures.values()):
             raise DivergedTrialError(state.global_step)
         self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
-        self.last = found["report"]
+        self.last = found.get("report")
         place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
         if place > self.top:
             self.top, self.best = place, self.last
@@ -150,8 +153,10 @@ def _splits(task: str, data: str | None) -> Splits:
 def _prepare(trial: Trial, task: Task) -> tuple[Any, dict[str, list[Example]], Callable[..., Any]]:
     config, controls = trial.config, trial.controls
     splits = _splits(task.name, config.data)
-    fit, choose, report = split_rows(splits.train, splits.dev, trial.train_size, trial.protocol, trial.seed)
-    model, tokenizer = load_model(config.model, task, config.seed)
+    fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed)
+    # In bfloat16 on a CPU, short rows, torch's attention kernel takes most of a step's time (see ops.sdpa.SHORT).
+    plain = config.bf16 and not torch.cuda.is_available()
+    model, tokenizer = load_model(config.model, task, config.seed, "eager" if plain else None)
     if controls.stock_rate is not None:
         set_stock_rate(model, controls.stock_rate)
     length = config.max_length or task.max_length
@@ -212,10 +217,9 @@ def _settle(threads: int | None) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _packed(found: Outcomes | None) -> dict[str, str | None]:
-    if found is None:
-        return {"correct": None, "loss": ""}
-    return pack_examples(found.correct, found.loss)
+def _packed(watcher: _Watcher) -> dict[str, dict[str, str | None]]:
+    ends = {"chosen": watcher.best, "last": watcher.last}
+    return {when: pack_examples(found.correct, found.loss) for when, found in ends.items() if found is not None}
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
