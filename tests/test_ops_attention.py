@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hiddenkey_rs import ConfigError, ops
+from hiddenkey_rs.ops import sdpa
 from reference import attention as slow
 
 
@@ -110,6 +111,33 @@ def test_sdpa_equals_the_reference(size: int) -> None:
         ]
         # float32 softmax over at most 129 keys
         torch.testing.assert_close(both[0], both[1], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [*ALLOWED, "nothing dropped"])
+def test_short_rows_in_16_bits_equal_the_reference(dtype: torch.dtype, kind: str) -> None:
+    """They take plain products instead of torch's kernel; the left padding has rows without any key."""
+    q, k, v, generator = inputs(queries=9, keys=9, dtype=torch.float32)
+    allowed, kept = None, None
+    if kind != "nothing dropped":
+        allowed = allowed_pairs(kind, 2, 9, 9)
+        kept = ops.kept_set(allowed, keep_mask("column", generator, 2, 4, 9, 9), rescue="own", queries=9, keys=9)
+    results = []
+    for impl, to in (("sdpa", dtype), ("reference", torch.float32)):
+        leaves = [x.to(dtype).to(to).requires_grad_() for x in (q, k, v)]
+        output = ops.attention(*leaves, allowed=allowed, kept=kept, impl=impl)
+        results.append((output, *torch.autograd.grad(output.float().sin().sum(), leaves)))
+    for ours, exact in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        # a bfloat16 has 8 significant bits, and a gradient is a sum of products of several rounded numbers
+        torch.testing.assert_close(ours.float(), exact, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+def test_long_rows_and_float32_take_the_kernel() -> None:
+    q = torch.randn(1, 1, sdpa.SHORT, 4, dtype=torch.bfloat16)
+    assert sdpa.is_short(q, q)
+    assert not sdpa.is_short(q.float(), q.float())
+    assert not sdpa.is_short(q, torch.cat((q, q), dim=2))
 
 
 # -- gradients, method section 2 ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def obstacle(position: str, bias: Tensor | None, softcap: float | None, sinks: T
 
 
 def is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether plain matrix products are faster than torch's kernel: on the CPU in 16 bits, up to :data:`SHORT` queries and keys."""
+    """Whether plain products beat torch's kernel: on the CPU in 16 bits, up to :data:`SHORT` queries and keys."""
     half = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
     return half and max(query.shape[2], key.shape[2]) <= SHORT
 
@@ -60,6 +60,6 @@ def _products(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, sc
     logits = ((query * scale) @ key.transpose(-1, -2)).float()
     if kept is None:
         return logits.softmax(dim=-1).to(value.dtype) @ value
-    # As large as float32 allows, and not infinite: a row without keys is no number's neighbour, and is emptied after.
-    weights = logits.masked_fill(~kept, torch.finfo(torch.float32).min).softmax(dim=-1).to(value.dtype)
-    return weights.masked_fill(~kept, 0.0) @ value
+    # Not -inf: a row without keys would be NaN, before its output is emptied.
+    weights = logits.masked_fill(~kept, torch.finfo(logits.dtype).min).softmax(dim=-1).to(value.dtype)
+    return (weights @ value).masked_fill(~kept.any(dim=-1, keepdim=True), 0.0)

@@ -25,8 +25,9 @@ class ResultLine:
 
     ``id``: task/method/setting/seed/stage. ``plan``: digest of its plan. ``stage``: ``search``, ``final`` or ``grid``.
     ``history``: one entry an epoch with figures of the rows fitted on (``train``), chosen on (``select``) and reported
-    (``report``; a search does not look at them). ``chosen``: index of the epoch that the selection rows chose. ``examples``: outcomes of every reported row
-    at the chosen and the last epoch, see :func:`per_example`. ``step``: where a loss became NaN, else ``None``.
+    (``report``; a search does not look at them). ``chosen``: index of the epoch that the selection rows chose. ``examples``:
+    outcomes of every reported row at the chosen and the last epoch, see :func:`per_example`. ``step``: where a loss became
+    NaN, else ``None``.
     """
 
     id: str
