@@ -34,7 +34,7 @@ curves:
 """
 TEXTS = """\
 name: texts
-protocol: {search_seeds: [0], final_seeds: [1, 2, 3]}
+protocol: {select_from: dev, search_seeds: [0], final_seeds: [1, 2, 3]}
 base: {model: gpt2-tiny, epochs: 3}
 tasks: {e2e: {task: e2e, train_size: 500}}
 methods:

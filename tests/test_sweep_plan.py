@@ -64,6 +64,14 @@ def test_finals_and_curves_follow_the_winners(tmp_path: Path) -> None:
     assert [trial.config.lora_dropout for trial in curve] == [0.3, 0.4]
 
 
+def test_a_setting_may_scale_the_learning_rate_of_its_task(tmp_path: Path) -> None:
+    text = PLAN.replace("epochs: 2}", "epochs: 2, lr: 4.0e-3}").replace("{lr: 2.0e-3}", "{lr_scale: 0.5}")
+    plan = load_plan(write(tmp_path, text))
+    rates = {trial.task: trial.config.lr for trial in plan.search() if "/none/1/" in trial.id}
+    assert rates["large"] == 2e-3
+    assert rates["small"] == plan.trial("search", "small", "stock", 0, 0).config.lr / 2
+
+
 def test_seeds_and_curves_may_be_added_to_a_plan_with_results(tmp_path: Path) -> None:
     digest = load_plan(write(tmp_path, PLAN)).digest
     more = PLAN.replace("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]").partition("curves:")[0]
@@ -81,6 +89,13 @@ BAD = [
     ("select_rows: 20", "select_rows: 0", r"select_rows is 0 \(got .*line 2\)"),
     ("search_seeds: [0, 1]", "search_seeds: [0, 0]", r"protocol.search_seeds is no list of different seeds .*line 2"),
     ("search_seeds: [0, 1]", "select_by: matthews", r"the metric 'matthews' does not fit the task small .*line 2"),
+    ("search_seeds: [0, 1]", "generate: -1", r"generate is -1 .*line 2"),
+    ("search_seeds: [0, 1]", "report_test: 1", r"report_test is 1 .*line 2\); write true or false"),
+    (
+        "task: demo, train_size: 30",
+        "task: e2e, train_size: 30",
+        r"share their sources.*line 5\); write select_from: dev",
+    ),
     ("search_seeds: [0, 1]", "select_from: test", r"unknown select_from 'test' .*line 2"),
     ("epochs: 1}", "epoch: 1}", r"unknown key in base 'epoch' .*line 3\); did you mean 'epochs'"),
     ("task: demo, train_size: 30", "task: dmeo", r"unknown task 'dmeo' .*line 5"),
@@ -158,8 +173,12 @@ def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
     assert report == same
     assert len(choose) == len(report) == 20
     assert not {row["n"] for row in choose} & {row["n"] for row in report}
+    shared = Splits(ROWS, [{"n": n, "source": n // 3} for n in range(40)], None)
+    _, choose, report = split_rows(shared, 10, protocol, seed=0, unit="source")
+    assert not {row["source"] for row in choose} & {row["source"] for row in report}, "a source was divided"
+    assert len(choose) + len(report) == 40
     with_test = Protocol(select_rows=500, select_from="dev", report_test=True)
-    assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (choose, report + TEST)
+    assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (again, same + TEST)
 
 
 def test_the_epoch_is_the_best_on_the_selection_rows() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 
 import hiddenkey_rs as hk
+from hiddenkey_rs.experiments import generation
+from hiddenkey_rs.experiments.generation import Decoding
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
 from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
 from hiddenkey_rs.experiments.sweep.reading import load_plan
 from hiddenkey_rs.experiments.sweep.runner import RESULTS, Sweep
+from hiddenkey_rs.experiments.sweep.trial import run_trial
 
 PLAN = """\
 name: p
@@ -256,3 +260,30 @@ def test_a_real_sweep_survives_a_kill(tmp_path: Path) -> None:
     figures = final.history[-1]["report"]
     assert figures["accuracy"] == pytest.approx(bits.mean(), abs=1e-6)
     assert figures["loss"] == pytest.approx(losses.mean(), abs=1e-3)
+
+
+def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Final runs generate with the best epoch's weights, for whole sources that nothing was chosen on."""
+    monkeypatch.setitem(generation._TASKS, "e2e", (Decoding(beams=2, max_new_tokens=8), ("bleu", "rouge_l", "cider")))
+    (tmp_path / "data" / "E2E").mkdir(parents=True)
+    for split, count in (("train", 12), ("dev", 8)):
+        rows = [{"source": f"name : {split} {n // 2}", "target": f"{split} {n // 2} is a place"} for n in range(count)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / "E2E" / f"{split}.jsonl").write_text(text)
+    (tmp_path / "plan.yaml").write_text(
+        "protocol: {select_from: dev, select_rows: 100, select_by: loss, generate: 1, search_seeds: [0], final_seeds: [1]}\n"
+        "base: {model: gpt2-tiny, epochs: 2, batch_size: 4, lr: 1.0e-3}\n"
+        "tasks: {e2e: {task: e2e, train_size: 8}}\n"
+        "methods: {none: {preset: none, settings: [{}]}}\n"
+    )
+    plan = load_plan(tmp_path / "plan.yaml", str(tmp_path / "data"))
+    searched = run_trial(plan.search()[0], plan.digest, "")
+    assert not searched.texts
+    final = run_trial(plan.final({("e2e", "none"): 0})[0], plan.digest, "")
+    assert final.texts["groups"] == 1
+    assert final.texts["decoding"]["beams"] == 2
+    other = final.history[1 - final.chosen]["report"]
+    chosen = final.history[final.chosen]["report"]
+    assert chosen["rouge_l"] >= 0
+    assert set(chosen) - set(other) == {"bleu", "rouge_l", "cider"} - set(final.texts["absent"])
+    assert "CIDEr" in final.texts["absent"]["cider"] or "pycocoevalcap" in final.texts["absent"]["cider"]

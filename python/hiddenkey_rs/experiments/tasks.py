@@ -34,6 +34,11 @@ class Task:
         """The metric that chooses the best epoch."""
         return self.metrics[0]
 
+    @property
+    def source(self) -> str | None:
+        """The field that a text is generated for, which several rows may have in common."""
+        return self.fields[0] if self.kind == "lm" else None
+
 
 _PAIR = ("sentence1", "sentence2")
 _TEXT = ("source", "target")

@@ -27,7 +27,8 @@ class ResultLine:
     ``history``: one entry an epoch with figures of the rows fitted on (``train``), chosen on (``select``) and reported
     (``report``; a search does not look at them). ``chosen``: index of the epoch that the selection rows chose. ``examples``:
     outcomes of every reported row at the chosen and the last epoch, see :func:`per_example`. ``step``: where a loss became
-    NaN, else ``None``.
+    NaN, else ``None``. ``texts``: how many were generated at the chosen epoch, how and how fast, and which metrics are absent
+    and why; their scores stand among the reported figures of that epoch.
     """
 
     id: str
@@ -48,6 +49,7 @@ class ResultLine:
     history: list[dict[str, Any]] = field(default_factory=list)
     chosen: int = 0
     examples: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    texts: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_per_step: float | None = None
     peak_rss_mb: float | None = None

@@ -50,7 +50,7 @@ class _Reader:
         protocol = self._protocol()
         self._run_fields(("base",))
         tasks = {key: self._task(("tasks", key)) for key in self._mapping(("tasks",))}
-        self._selection_fits(protocol.select_by, tasks)
+        self._selection_fits(protocol, tasks)
         methods = {key: self._method(("methods", key)) for key in self._mapping(("methods",))}
         self._equal_budgets(methods)
         comparisons = self._comparisons(methods)
@@ -95,17 +95,21 @@ class _Reader:
         if given.get("select_from", "train") not in ("train", "dev"):
             what = f"unknown select_from {given['select_from']!r}"
             raise self.source.error((*place, "select_from"), what, "use train or dev")
-        for name in ("select_rows", "report_rows", "evaluate_every"):
+        for name, least in (("select_rows", 1), ("report_rows", 1), ("evaluate_every", 1), ("generate", 0)):
             count = given.get(name, 1)
-            if type(count) is not int or count < 1:
-                raise self.source.error((*place, name), f"{name} is {count!r}", "give a whole number from 1 up")
+            if type(count) is not int or count < least:
+                raise self.source.error((*place, name), f"{name} is {count!r}", f"give a whole number from {least} up")
         if type(given.get("report_test", False)) is not bool:
             what = f"report_test is {given['report_test']!r}"
             raise self.source.error((*place, "report_test"), what, "write true or false")
         return Protocol(**given)
 
-    def _selection_fits(self, by: str, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    def _selection_fits(self, protocol: Protocol, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        by = protocol.select_by
         for key, task in tasks.items():
+            if TASKS[task["task"]].kind == "lm" and protocol.select_from == "train":
+                what = f"training rows of {key} share their sources, so none of them is held back from the others"
+                raise self.source.error(("tasks", key), what, "write select_from: dev")
             known = ("metric", "loss", *TASKS[task["task"]].metrics)
             if by not in known:
                 what = f"the metric {by!r} does not fit the task {key}"

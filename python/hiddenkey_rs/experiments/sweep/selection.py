@@ -19,12 +19,13 @@ _SUBSET, _HALF, _REPORT = 1, 2, 3
 
 
 def split_rows(
-    splits: Splits, size: int | None, protocol: Protocol, seed: int
+    splits: Splits, size: int | None, protocol: Protocol, seed: int, unit: str | None = None
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """(to fit on, to choose on, to report) of one seed. Smaller subsets of a seed are contained in its larger ones.
 
     Chosen on are training rows that no subset of this seed contains, or one fixed half of the development rows; reported
     are development rows that nothing was chosen on, at most ``report_rows`` of them, with ``report_test`` the test's too.
+    Development rows that have the field ``unit`` in common (the source of several texts) are never divided.
 
     Raises:
         DataError: too few rows.
@@ -37,10 +38,9 @@ def split_rows(
         dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[: protocol.report_rows]]
     wanted = protocol.select_rows
     if protocol.select_from == "dev":
-        halves = np.random.default_rng([_HALF]).permutation(len(dev))
-        half = len(dev) // 2
         fit = order[:size]
-        choose, report = [dev[n] for n in halves[:half][:wanted]], [dev[n] for n in sorted(halves[half:])]
+        first, second = _halves(dev, unit)
+        choose, report = [dev[n] for n in first[:wanted]], [dev[n] for n in sorted(second)]
         report += (splits.test or []) if protocol.report_test else []
     else:
         size = len(train) - wanted if size is None else size
@@ -52,6 +52,18 @@ def split_rows(
         fit = order[:size]
         choose, report = [train[n] for n in order[len(train) - wanted :]], list(dev)
     return [train[n] for n in fit], choose, report
+
+
+def _halves(rows: Sequence[Row], unit: str | None) -> tuple[list[int], list[int]]:
+    """Numbers of the rows of two fixed halves, by what they have in common; the first in a fixed random order."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        groups[n if unit is None else row[unit]].append(n)
+    held = list(groups.values())
+    order = np.random.default_rng([_HALF]).permutation(len(held))
+    halves = order[: len(held) // 2], order[len(held) // 2 :]
+    first, second = ([n for group in half for n in held[group]] for half in halves)
+    return first, second
 
 
 def score(figures: Mapping[str, float], task: Task, by: str) -> float:

@@ -8,36 +8,29 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback
 
 from ...train import HiddenKeyTrainer
 from ..controls import drop_ranks, set_stock_rate
 from ..data import Splits, task_splits
 from ..demo_data import demo_splits
 from ..features import Example, collator, tokenise
+from ..generation import Group, grouped
 from ..models import add_lora, load_model, quiet_libraries
-from ..outcomes import Outcomes, outcomes
 from ..provenance import commit, processor, versions
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
-from .lines import ResultLine, pack_examples
-from .plan import SEARCH, Trial
-from .selection import chosen_epoch, score, split_rows
+from .lines import ResultLine
+from .plan import FINAL, SEARCH, Trial
+from .selection import chosen_epoch, split_rows
+from .texts import generate_texts
+from .watching import DivergedTrialError, Watcher
 
 _PACKAGES = ("hiddenkey_rs", "torch", "transformers", "peft", "accelerate", "numpy")
-
-
-class DivergedTrialError(Exception):
-    """A loss that is no number, at this optimiser step."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"training diverged at step {step}")
-        self.step = step
 
 
 def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None) -> ResultLine:
@@ -53,10 +46,9 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
     started = time.perf_counter()
     _settle(threads)
     task = TASKS[str(trial.config.task)]
-    model, parts, collate = _prepare(trial, task)
-    held = parts if trial.stage != SEARCH else {name: parts[name] for name in ("train", "select")}
-    watcher = _Watcher(trial, task, model, held, collate)
-    trainer = _trainer(trial.config, model, parts["train"], collate, watcher)
+    prepared = _prepare(trial, task)
+    watcher = Watcher(trial, task, prepared.model, prepared.parts, prepared.collate)
+    trainer = _trainer(trial.config, prepared, watcher)
     failure: DivergedTrialError | None = None
     try:
         trainer.train()
@@ -65,13 +57,19 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
     finally:
         trainer.handle.detach()
     history, steps = watcher.history, max(trainer.state.global_step, 1)
+    chosen = chosen_epoch(history, task, trial.protocol.select_by) if history else 0
+    texts: dict[str, Any] = {}
+    if failure is None and prepared.groups:
+        watcher.restore_best()
+        texts = generate_texts(prepared.model, prepared.tokenizer, prepared.groups, task, trial.config.bf16)
+        history[chosen]["report"] |= texts.pop("figures")
     return ResultLine(
         id=trial.id,
         plan=plan,
         stage=trial.stage,
         task=trial.task,
         dataset=task.name,
-        train_size=len(parts["train"]),
+        train_size=len(prepared.parts["train"]),
         method=trial.method,
         setting=dict(trial.setting),
         rank=trial.config.rank,
@@ -82,8 +80,9 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         metric=task.metric,
         lower_is_better=task.lower_is_better,
         history=history,
-        chosen=chosen_epoch(history, task, trial.protocol.select_by) if history else 0,
-        examples={} if watcher.last is None or failure else _packed(watcher),
+        chosen=chosen,
+        examples={} if failure else watcher.packed(),
+        texts=texts,
         seconds=round(time.perf_counter() - started, 3),
         seconds_per_step=round(watcher.training_seconds / steps, 6),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
@@ -97,84 +96,52 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
     )
 
 
-class _Watcher(TrainerCallback):
-    """Looks at the held-back rows every few epochs, and stops a run whose loss is no number."""
-
-    def __init__(
-        self, trial: Trial, task: Task, model: Any, parts: dict[str, list[Example]], collate: Callable[..., Any]
-    ) -> None:
-        self.trial, self.task, self.model, self.parts, self.collate = trial, task, model, parts, collate
-        self.history: list[dict[str, Any]] = []
-        self.best: Outcomes | None = None
-        self.last: Outcomes | None = None
-        self.top: tuple[float, float] = (-math.inf, -math.inf)
-        self.training_seconds = 0.0
-        self.clock = time.perf_counter()
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start the clock."""
-        self.clock = time.perf_counter()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """A loss that is no number ends the trial."""
-        if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
-            raise DivergedTrialError(state.global_step)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
-        config, epoch = self.trial.config, round(state.epoch)
-        if epoch % self.trial.protocol.evaluate_every and epoch != config.epochs:
-            return
-        self.training_seconds += time.perf_counter() - self.clock
-        rows = config.train_eval_rows or len(self.parts["train"])
-        found = {}
-        for name, part in self.parts.items():
-            examples = part[:rows] if name == "train" else part
-            found[name] = outcomes(
-                self.model, examples, self.task, self.collate, config.eval_batch_size, bf16=config.bf16
-            )
-        figures = {name: _rounded(result.figures(self.task)) for name, result in found.items()}
-        if not all(math.isfinite(entry["loss"]) for entry in figures.values()):
-            raise DivergedTrialError(state.global_step)
-        self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
-        self.last = found.get("report")
-        place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
-        if place > self.top:
-            self.top, self.best = place, self.last
-        self.clock = time.perf_counter()
-
-
 @functools.lru_cache(maxsize=1)
 def _splits(task: str, data: str | None) -> Splits:
     """One task's rows are read once for all of a process' trials on it."""
     return demo_splits(seed=0) if task == "demo" else task_splits(TASKS[task], str(data))
 
 
-def _prepare(trial: Trial, task: Task) -> tuple[Any, dict[str, list[Example]], Callable[..., Any]]:
+@dataclass(frozen=True)
+class _Prepared:
+    """``parts``: examples by what they are for. ``groups``: what texts are generated for, where any are."""
+
+    model: Any
+    tokenizer: Any
+    parts: dict[str, list[Example]]
+    collate: Callable[..., Any]
+    groups: list[Group]
+
+
+def _prepare(trial: Trial, task: Task) -> _Prepared:
     config, controls = trial.config, trial.controls
     splits = _splits(task.name, config.data)
-    fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed)
+    fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed, task.source)
     # In bfloat16 on a CPU, short rows, torch's attention kernel takes most of a step's time (see ops.sdpa.SHORT).
     plain = config.bf16 and not torch.cuda.is_available()
     model, tokenizer = load_model(config.model, task, config.seed, "eager" if plain else None)
     if controls.stock_rate is not None:
         set_stock_rate(model, controls.stock_rate)
     length = config.max_length or task.max_length
+    rows = {"train": fit, "select": choose} | ({} if trial.stage == SEARCH else {"report": report})
     parts = {
-        name: tokenise(rows, task, tokenizer, length, model.config.is_encoder_decoder)
-        for name, rows in (("train", fit), ("select", choose), ("report", report))
+        name: tokenise(part, task, tokenizer, length, model.config.is_encoder_decoder) for name, part in rows.items()
     }
+    groups = []
+    if task.source is not None and trial.stage == FINAL:
+        groups = grouped(splits.test or report, task)[: trial.protocol.generate]
     alpha = 2.0 * config.rank if config.alpha is None else config.alpha
     model = add_lora(model, task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed)
     if controls.rank_dropout:
         drop_ranks(model, controls.rank_dropout)
-    return model, parts, collator(tokenizer, task.kind)
+    return _Prepared(model, tokenizer, parts, collator(tokenizer, task.kind), groups)
 
 
-def _trainer(config: RunConfig, model: Any, train: list[Example], collate: Any, watcher: _Watcher) -> Any:
+def _trainer(config: RunConfig, prepared: _Prepared, watcher: Watcher) -> Any:
+    train = prepared.parts["train"]
     steps = config.epochs * math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulation)
     trainer = HiddenKeyTrainer(
-        model=model,
+        model=prepared.model,
         args=transformers.TrainingArguments(
             output_dir="unused",  # nothing is saved
             save_strategy="no",
@@ -198,7 +165,7 @@ def _trainer(config: RunConfig, model: Any, train: list[Example], collate: Any, 
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=train,
-        data_collator=collate,
+        data_collator=prepared.collate,
         config=config.drops(),
         stock_dropout="keep" if watcher.trial.controls.stock_rate is not None else config.stock,
         callbacks=[watcher],
@@ -215,15 +182,6 @@ def _settle(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _packed(watcher: _Watcher) -> dict[str, dict[str, str | None]]:
-    ends = {"chosen": watcher.best, "last": watcher.last}
-    return {when: pack_examples(found.correct, found.loss) for when, found in ends.items() if found is not None}
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in figures.items()}
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""What is looked at while a trial trains: rows held back, every few epochs, and whether the loss is still a number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..features import Example
+from ..outcomes import Outcomes, outcomes
+from ..tasks import Task
+from .lines import pack_examples
+from .plan import Trial
+from .selection import score
+
+
+class DivergedTrialError(Exception):
+    """A loss that is no number, at this optimiser step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"training diverged at step {step}")
+        self.step = step
+
+
+class Watcher(TrainerCallback):
+    """Looks at the held-back rows every few epochs, and stops a run whose loss is no number."""
+
+    def __init__(
+        self, trial: Trial, task: Task, model: Any, parts: dict[str, list[Example]], collate: Callable[..., Any]
+    ) -> None:
+        self.trial, self.task, self.model, self.parts, self.collate = trial, task, model, parts, collate
+        self.history: list[dict[str, Any]] = []
+        self.best: Outcomes | None = None
+        self.last: Outcomes | None = None
+        self.top: tuple[float, float] = (-math.inf, -math.inf)
+        self.weights: dict[str, torch.Tensor] = {}
+        self.training_seconds = 0.0
+        self.clock = time.perf_counter()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self.clock = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """A loss that is no number ends the trial."""
+        if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
+            raise DivergedTrialError(state.global_step)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
+        config, epoch = self.trial.config, round(state.epoch)
+        if epoch % self.trial.protocol.evaluate_every and epoch != config.epochs:
+            return
+        self.training_seconds += time.perf_counter() - self.clock
+        rows = config.train_eval_rows or len(self.parts["train"])
+        found = {}
+        for name, part in self.parts.items():
+            examples = part[:rows] if name == "train" else part
+            found[name] = outcomes(
+                self.model, examples, self.task, self.collate, config.eval_batch_size, bf16=config.bf16
+            )
+        figures = {name: rounded(result.figures(self.task)) for name, result in found.items()}
+        if not all(math.isfinite(entry["loss"]) for entry in figures.values()):
+            raise DivergedTrialError(state.global_step)
+        self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
+        self.last = found.get("report")
+        place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
+        if place > self.top:
+            self.top, self.best = place, self.last
+            if self.task.source is not None:  # what texts are generated with
+                self.weights = {name: value.detach().clone() for name, value in self._learning()}
+        self.clock = time.perf_counter()
+
+    def restore_best(self) -> None:
+        """Give the model of a data-to-text task the weights of its best epoch."""
+        with torch.no_grad():
+            for name, value in self._learning():
+                value.copy_(self.weights[name])
+
+    def packed(self) -> dict[str, dict[str, str | None]]:
+        """What a line's ``examples`` holds."""
+        ends = {"chosen": self.best, "last": self.last}
+        return {when: pack_examples(found.correct, found.loss) for when, found in ends.items() if found is not None}
+
+    def _learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def rounded(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures as lines hold them."""
+    return {name: round(value, 6) for name, value in figures.items()}
