@@ -37,7 +37,7 @@ demo: setup ## plain LoRA, lora_dropout and HiddenKey on built-in data; under 3 
 
 test: setup ## the core's tests and the Python tests
 	@cargo test -q
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 lint: setup ## formatters, linters, types, import directions, stubs
 	@cargo fmt --check

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples
-from hiddenkey_rs.experiments.sweep.plan import Plan, Trial
+from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
 from hiddenkey_rs.experiments.sweep.reading import load_plan
 from hiddenkey_rs.experiments.sweep.runner import PLAN, RESULTS
 
@@ -67,6 +67,10 @@ def synthetic(trial: Trial, plan: Plan, gain: Gain, noise: float = 0.01) -> Resu
         history.append({"epoch": epoch, "step": 32 * epoch, "train": fitted, "select": selected, "report": found})
         bits = correct if task.kind == "classification" else None
         packed["chosen" if epoch == 2 else "last"] = pack_examples(bits, losses)
+    if trial.stage == SEARCH:  # which does not look at reported rows
+        packed = {}
+        for entry in history:
+            del entry["report"]
     return ResultLine(
         id=trial.id, plan=plan.digest, stage=trial.stage, task=trial.task, method=trial.method, seed=trial.seed,
         status="done", dataset=task.name, train_size=trial.train_size, setting=dict(trial.setting), rank=trial.config.rank,

@@ -108,9 +108,11 @@ def test_the_page_stands_alone(report: Path) -> None:
 def test_the_files_beside_the_page(report: Path, study: Study) -> None:
     rows = list(csv.DictReader((report / "tables" / "runs.csv").open()))
     assert len(rows) == len(study.found) == 152
-    first = study.found[rows[0]["id"]]
-    assert float(rows[0]["report_accuracy_chosen"]) == first.line.history[1]["report"]["accuracy"]
-    assert rows[0]["line"] == first.place
+    assert rows[0]["stage"] == "search"
+    assert rows[0]["report_accuracy_chosen"] == ""
+    row = next(row for row in rows if row["stage"] == "final")
+    assert float(row["report_accuracy_chosen"]) == study.found[row["id"]].line.history[1]["report"]["accuracy"]
+    assert row["line"] == study.found[row["id"]].place
     compared = list(csv.DictReader((report / "tables" / "comparisons.csv").open()))
     assert {row["family"] for row in compared} == {"metric", "loss-last", "loss-chosen", "ece"}
     assert float(compared[0]["p"]) == 2 / 2**12
@@ -238,10 +240,10 @@ def test_what_does_not_belong_is_refused(
 def test_a_lacking_metric_is_named(tmp_path: Path) -> None:
     write_study(tmp_path, {}, change=lambda line: line if line.stage == "search" else None)
     history = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["history"]
-    del history[2]["report"]["accuracy"]
+    del history[2]["select"]["accuracy"]
     _lines(tmp_path, _edited(1, history=history))
     with pytest.raises(
-        hk.DataError, match=r"got no accuracy of report rows in epoch 3 of 'mrpc-1000/none/0/0/search', .*line 1"
+        hk.DataError, match=r"got no accuracy of select rows in epoch 3 of 'mrpc-1000/none/0/0/search', .*line 1"
     ):
         read_studies([tmp_path])
 
@@ -276,7 +278,7 @@ def test_torn_lines_are_left_out_wherever_they_stand(tmp_path: Path, capsys: pyt
     assert 2 not in found
     assert list(found)[:2] == [1, 3]
     assert "line 2 is torn" in capsys.readouterr().err
-    assert "loss" in next(iter(found.values())).history[0]["report"]
+    assert "loss" in next(iter(found.values())).history[0]["select"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ def test_finals_and_curves_follow_the_winners(tmp_path: Path) -> None:
     assert [trial.config.lora_dropout for trial in curve] == [0.3, 0.4]
 
 
+def test_comparisons_are_a_product_and_single_pairs(tmp_path: Path) -> None:
+    text = PLAN.replace("against: [dropped]", "against: [dropped, none], pairs: [[stock, dropped], [dropped, none]]")
+    plan = load_plan(write(tmp_path, text))
+    assert plan.baselines == ("none",)
+    assert plan.comparisons == (("dropped", "none"), ("stock", "dropped"))
+
+
 def test_a_setting_may_scale_the_learning_rate_of_its_task(tmp_path: Path) -> None:
     text = PLAN.replace("epochs: 2}", "epochs: 2, lr: 4.0e-3}").replace("{lr: 2.0e-3}", "{lr_scale: 0.5}")
     plan = load_plan(write(tmp_path, text))
@@ -105,6 +112,8 @@ BAD = [
     ("{lora_dropout: 0.2}", "{lora_dropout: 2}", r"lora_dropout must lie in \[0, 1\) \(got 2 in .*line 9\)"),
     ("preset: none, rate_field", "preset: nnoe, rate_field", r"unknown preset \(got 'nnoe' in .*line 9\)"),
     ("baselines: [none]", "baselines: [nnoe]", r"unknown key in comparisons.baselines 'nnoe' .*line 11"),
+    ("against: [dropped]", "pairs: [[none]]", r"\['none'\] is no pair .*line 11\); write \[METHOD, BASELINE\]"),
+    ("against: [dropped]", "pairs: [[none, nnoe]]", r"unknown key in comparisons.pairs.0 'nnoe' .*line 11"),
     ("values: [0.3, 0.4]", "values: []", r"a curve varies nothing .*line 13"),
     ("values: [0.3, 0.4]", "values: [0.3, 4.0]", r"lora_dropout must lie in .*line 13"),
     ("base: {", "name: twice\nbase: {", r"a key stands twice \(got 'name' in .*line 3\)"),

@@ -72,15 +72,11 @@ class Comparison:
 
 def family(study: Study, measure: Callable[[Task], Measure | None]) -> list[Comparison]:
     """Every comparison of the plan on one measure, corrected together. Tasks for which ``measure`` has none are left out."""
-    sides = study.plan.comparisons
     found = []
     for key in study.plan.tasks:
-        task = study.plan.task_of(key)
-        wanted = measure(task)
-        for method in sides.get("against", ()) if wanted is not None else ():
-            for baseline in sides.get("baselines", ()):
-                if method != baseline and wanted is not None:
-                    found.append((key, method, baseline, wanted))
+        wanted = measure(study.plan.task_of(key))
+        if wanted is not None:
+            found += [(key, method, baseline, wanted) for method, baseline in study.plan.comparisons]
     raw = [compare(study, *entry, size=len(found)) for entry in found]
     corrected = holm([entry.p for entry in raw])
     return [replace(entry, corrected=p) for entry, p in zip(raw, corrected, strict=True)]

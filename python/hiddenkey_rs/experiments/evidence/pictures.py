@@ -83,7 +83,7 @@ class Pictures:
         """One panel a method: loss on the rows fitted on (dashed) and reported (solid), the baseline's in grey."""
         held = {method: self._histories(task, method) for method in self.study.plan.methods}
         held = {method: series for method, series in held.items() if series}
-        base = next((name for name in self.study.plan.comparisons.get("baselines", ()) if name in held), None)
+        base = next((name for name in self.study.plan.baselines if name in held), None)
         values = [point for series in held.values() for part in series.values() for point in part[1]]
         top = (min(values), max(values)) if values else (0.0, 1.0)
         return [self._loss(task, method, series, held.get(base or ""), base, top) for method, series in held.items()]

@@ -17,7 +17,7 @@ def costs(study: Study) -> Table:
     rows = []
     for task in study.plan.tasks:
         held = {method: _timed(study, task, method) for method in study.plan.methods}
-        first = (*study.plan.comparisons.get("baselines", ()), *study.plan.methods)[0]
+        first = (*study.plan.baselines, *study.plan.methods)[0]
         base = _median(held[first], "seconds_per_step")
         for method, runs in held.items():
             step = _median(runs, "seconds_per_step")

@@ -70,8 +70,6 @@ _KINDS: tuple[tuple[str, str, str, Callable[[Task], Measure | None]], ...] = (
 
 def families(study: Study) -> list[Family]:
     """The plan's comparisons on the metric, which is the claim, and on losses and calibration, which explain it."""
-    if not all(study.plan.comparisons.get(side) for side in ("baselines", "against")):
-        return []
     every = [Family(key, title, caption, family(study, of)) for key, title, caption, of in _KINDS]
     return [entry for entry in every if entry.found]
 

@@ -71,7 +71,7 @@ def _mean(measure: Measure, found: Mapping[int, float], planned: int | None = No
 def detail(study: Study, task: str, family: list[Comparison]) -> Table:
     """One task: every method's figures, and its difference to every baseline."""
     kind, metric = study.plan.task_of(task), Measure(study.plan.task_of(task).metric)
-    shown, baselines = measures(kind), study.plan.comparisons.get("baselines", ())
+    shown, baselines = measures(kind), study.plan.baselines
     tested = {(entry.method, entry.baseline): entry for entry in family if entry.task == task}
     rows = []
     for method in study.plan.methods:

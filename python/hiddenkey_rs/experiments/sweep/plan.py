@@ -17,8 +17,12 @@ The file (YAML)::
       mrpc-1000: {task: mrpc, train_size: 1000}
     methods:
       none: {preset: none, settings: [{lr_scale: 0.5}, {}, {lr_scale: 2.0}]}    # lr_scale: times the task's learning rate
-      hiddenkey: {preset: hiddenkey, settings: [{rate: 0.05}, {rate: 0.1}, {rate: 0.2}]}
-    comparisons: {baselines: [none], against: [hiddenkey]}      # the family of tests, fixed beforehand
+      hiddenkey: {preset: hiddenkey, settings: &rates [{rate: 0.05}, {rate: 0.1}, {rate: 0.2}]}
+      hiddenkey-minus: {preset: hiddenkey-minus, settings: *rates}
+    comparisons:                                                # the family of tests, fixed beforehand
+      baselines: [none]                                         # each of these with each of
+      against: [hiddenkey]
+      pairs: [[hiddenkey, hiddenkey-minus]]                     # and these, each with its own baseline
     curves:
       ranks: {vary: rank, values: [4, 16, 64], methods: [none, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1, 2]}
 """  # noqa: D214, D405, D411
@@ -110,7 +114,9 @@ class Plan:
     base: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
     methods: Mapping[str, Method]
-    comparisons: Mapping[str, tuple[str, ...]]
+    baselines: tuple[str, ...]
+    comparisons: tuple[tuple[str, str], ...]
+    """(method, its baseline) of every test, on every task."""
     curves: Mapping[str, Curve]
     data: str | None
     digest: str

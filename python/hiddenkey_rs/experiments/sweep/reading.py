@@ -53,11 +53,11 @@ class _Reader:
         self._selection_fits(protocol, tasks)
         methods = {key: self._method(("methods", key)) for key in self._mapping(("methods",))}
         self._equal_budgets(methods)
-        comparisons = self._comparisons(methods)
+        baselines, comparisons = self._comparisons(methods)
         curves = {key: self._curve(("curves", key), methods, tasks) for key in self._mapping(("curves",))}
         digest = _digest(values)
         base = dict(values.get("base") or {})
-        plan = Plan(str(name), protocol, base, tasks, methods, comparisons, curves, self.data, digest)
+        plan = Plan(str(name), protocol, base, tasks, methods, baselines, comparisons, curves, self.data, digest)
         self._build_all(plan)
         return plan
 
@@ -163,10 +163,20 @@ class _Reader:
                     "every method gets the same budget",
                 )
 
-    def _comparisons(self, methods: Mapping[str, Method]) -> dict[str, tuple[str, ...]]:
-        names = ("baselines", "against")
-        given = self._mapping(("comparisons",), names)
-        return {name: self._keys(("comparisons", name), methods) if name in given else () for name in names}
+    def _comparisons(self, methods: Mapping[str, Method]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """The baselines, and (method, baseline) of every comparison."""
+        given = self._mapping(("comparisons",), ("baselines", "against", "pairs"))
+        sides = {name: self._keys(("comparisons", name), methods) for name in ("baselines", "against") if name in given}
+        baselines = sides.get("baselines", ())
+        found = [(method, base) for method in sides.get("against", ()) for base in baselines if method != base]
+        pairs = given.get("pairs") or []
+        for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+            place: Place = ("comparisons", "pairs", number) if isinstance(pairs, list) else ("comparisons", "pairs")
+            if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+                raise self.source.error(place, f"{pair!r} is no pair", "write [METHOD, BASELINE]")
+            method, base = self._keys(place, methods)
+            found.append((method, base))
+        return baselines, tuple(dict.fromkeys(found))
 
     def _keys(self, place: Place, known: Mapping[str, Any]) -> tuple[str, ...]:
         value = self._at(place)
