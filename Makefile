@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+# Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
+DATA ?= ../shared/data
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PLANS := controls single_methods compensation generation
+DECODER := runs/small-decoder
 RUST_SOURCES := $(shell find rust -name '*.rs')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench stats gpu compat fuzz soak evidence docs wheel all clean
+.PHONY: help setup demo test lint format bench stats gpu evidence results compat fuzz soak docs wheel all clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +75,19 @@ stats: ## the long statistics of the masks, into benches/results/stats_hk1.md
 gpu: setup ## every kernel against the reference, and the benches, on a CUDA device; under ten minutes
 	@$(BIN)/python benches/gpu.py
 
+evidence: setup ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
+	@for plan in $(PLANS); do \
+	   test $$plan != generation || $(MAKE) -s $(DECODER)/model.safetensors || exit 1; \
+	   $(BIN)/hiddenkey sweep experiments/small/$$plan.yaml --data $(DATA) --out experiments/results/$$plan --jobs $(JOBS) --threads 1 || exit 1; \
+	 done
+	@$(MAKE) -s results
+
+results: setup ## RESULTS.md and its page from the results at hand; seconds
+	@$(BIN)/hiddenkey report $(wildcard experiments/results/*) --data $(DATA) --out runs/evidence --markdown RESULTS.md
+
+$(DECODER)/model.safetensors: | setup
+	@$(BIN)/python -m hiddenkey_rs.experiments.pretrain --data $(DATA) --out $(DECODER)
+
 wheel: setup ## an abi3 wheel in dist/
 	@$(BIN)/maturin build -q --release --out dist
 
@@ -79,5 +97,5 @@ clean: ## remove what was built; the environment stays
 	@rm -rf target dist runs .pytest_cache .hypothesis .mypy_cache .ruff_cache .cache
 
 # Names that are kept for work on the roadmap: they say so instead of pretending.
-compat fuzz soak evidence docs: ## on the roadmap
+compat fuzz soak docs: ## on the roadmap
 	@echo "make $@: not there yet; DESIGN.md's roadmap says what it will hold" >&2; exit 1

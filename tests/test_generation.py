@@ -13,6 +13,7 @@ import torch
 import hiddenkey_rs as hk
 from families import build
 from hiddenkey_rs import ConfigError, DataError
+from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.experiments import folder, generation, models, tasks
 from hiddenkey_rs.experiments.generation import Decoding, Group, generate, generate_and_score, grouped
 from hiddenkey_rs.experiments.run_config import RunConfig
@@ -239,7 +240,7 @@ def test_texts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             value.data.normal_(0, 2)
     model.save_pretrained(out / folder.ADAPTER)
     decoding = Decoding(beams=1, max_new_tokens=8)
-    found = generation.generate_run(out, "test", decoding, ["ter"], limit=1)
+    found = generation.generate_run(out, "test", ["ter"], limit=1, beams=1, max_new_tokens=8)
     assert (found["split"], found["groups"]) == ("test", 1)
     assert "1/1" in capsys.readouterr().err
     groups, texts = generation.read_texts(out / "generated-test.jsonl")
@@ -247,6 +248,27 @@ def test_texts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert texts == generate(model, models.byte_tokenizer(), ["a"], decoding)
     plain = models.load_model("gpt2-tiny", E2E, 0)[0]
     assert texts != generate(plain, models.byte_tokenizer(), ["a"], decoding)
+    command = [
+        "eval",
+        "--run",
+        str(out),
+        "--generate",
+        "test",
+        "--beams",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--batch-size",
+        "1",
+    ]
+    assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    printed, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
+    assert scores["decoding"]["beams"] == scores["decoding"]["batch_size"] == 1
+    assert f"{scores['groups']} texts ({scores['empty']} empty)" in printed
+    assert {"bleu", "nist"} <= scores["scores"]["all"].keys()
+    assert main([*command, "--limit", "0"]) == 2
+    assert main(["eval", "--run", str(out), "--generate", "test", "--beams", "0"]) == 2
+    assert "beams must be a whole number from 1 up (got 0)" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=r"no such rows to generate for \(got split 'train'\)"):
         generation.generate_run(out, "train")
 

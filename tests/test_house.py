@@ -19,7 +19,21 @@ from hiddenkey_rs.cli.main import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-TARGETS = ["setup", "demo", "test", "lint", "bench", "stats", "gpu", "compat", "fuzz", "soak", "evidence", "docs"]
+TARGETS = [
+    "setup",
+    "demo",
+    "test",
+    "lint",
+    "bench",
+    "stats",
+    "gpu",
+    "compat",
+    "fuzz",
+    "soak",
+    "evidence",
+    "results",
+    "docs",
+]
 TARGETS += ["wheel", "all", "clean"]
 
 

@@ -1,25 +1,54 @@
-"""``hiddenkey eval``: the figures of a run's adapter, computed anew."""
+"""``hiddenkey eval``: the figures of a run's adapter, computed anew, and texts that it generates."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+_DECODING = {
+    "beams": "texts kept in the search (default: 10)",
+    "length_penalty": "power of the length that a text's log-probability is divided by (default: the paper's)",
+    "no_repeat": "no run of so many tokens twice in a text, 0: any may (default: 4)",
+    "max_new_tokens": "of a text (default: 128)",
+    "batch_size": "sources at once (default: 16)",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run's folder, and where to write."""
+    """The run's folder, what to generate, and where to write."""
     parser.add_argument("--run", required=True, metavar="DIR", help="the --out of a training run")
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    group = parser.add_argument_group("generation", "of data-to-text tasks, by beam search")
+    group.add_argument(
+        "--generate",
+        choices=("test", "dev"),
+        help="generate a text for every source of these rows into the run's generated-*.jsonl, and score them",
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="of so many sources, the first (default: all)")
+    for name, text in _DECODING.items():
+        kind = float if name == "length_penalty" else int
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Evaluate and print a table beside what training wrote."""
+    """Evaluate and print a table beside what training wrote; or generate and print the scores."""
+    from ..experiments import folder
+
+    found = _generated(options) if options.generate else _evaluated(Path(options.run))
+    if options.json:
+        folder.write_json(Path(options.json), found)
+    return 0
+
+
+def _evaluated(out: Path) -> dict[str, Any]:
     from ..experiments import folder
     from ..experiments.report import table
     from ..experiments.run import evaluate_run
 
-    out = Path(options.run)
     found = evaluate_run(out)
     written = json.loads((out / folder.METRICS).read_text()) if (out / folder.METRICS).is_file() else {}
     rows = []
@@ -29,6 +58,21 @@ def main(options: argparse.Namespace) -> int:
             if written.get(part):
                 rows.append({"rows": part, "figures": "in metrics.json", **written[part]})
     print(table(rows))
-    if options.json:
-        folder.write_json(Path(options.json), found)
-    return 0
+    return found
+
+
+def _generated(options: argparse.Namespace) -> dict[str, Any]:
+    from ..experiments.generation import GENERATED, generate_run
+    from ..experiments.report import table
+
+    out = Path(options.run)
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit must be at least 1 (got {options.limit}); leave it out for all sources")
+    given = {name: getattr(options, name) for name in _DECODING if getattr(options, name) is not None}
+    found = generate_run(out, options.generate, limit=options.limit, **given)
+    print(table([{"rows": part, **scores} for part, scores in found["scores"].items()]))
+    for name, reason in found["absent"].items():
+        print(f"{name} is absent: {reason}")
+    place = out / GENERATED.format(split=options.generate)
+    print(f"{found['groups']} texts ({found['empty']} empty) in {found['seconds']:.0f} s: {place}")
+    return found

@@ -163,15 +163,15 @@ def generate_and_score(
 def generate_run(
     out: Path,
     split: str = "test",
-    decoding: Decoding | None = None,
     metrics: Sequence[str] | None = None,
     limit: int | None = None,
+    **changes: Any,
 ) -> dict[str, Any]:
     """:func:`generate_and_score` of the adapter in a run's folder, into its ``generated-<split>.jsonl``.
 
     Args:
         out: the ``--out`` of ``hiddenkey train``. split: ``test`` or ``dev``. limit: so many groups, the first.
-        decoding, metrics: default: the task's.
+        metrics: default: the task's. changes: of the task's :class:`Decoding`.
     """
     from .models import load_adapter, load_model, quiet_libraries
     from .run import load_splits
@@ -190,7 +190,9 @@ def generate_run(
     place = out / GENERATED.format(split=split)
     return {
         "split": split,
-        **generate_and_score(model, tokenizer, groups, task, decoding, place, metrics, progress=True),
+        **generate_and_score(
+            model, tokenizer, groups, task, decoding_for(task, **changes), place, metrics, progress=True
+        ),
     }
 
 
