@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -107,6 +108,7 @@ def _work(connection: Connection, threads: int, plan: str, command: str) -> None
         except Exception as error:  # whatever a library raises is this trial's failure and no other's
             outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
         connection.send(outcome)
+        gc.collect()  # a trainer and its model point at each other
 
 
 def _end_with(parent: int) -> None:
