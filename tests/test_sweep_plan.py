@@ -12,6 +12,7 @@ from hiddenkey_rs.experiments.data import Splits
 from hiddenkey_rs.experiments.sweep.plan import Protocol
 from hiddenkey_rs.experiments.sweep.reading import load_plan
 from hiddenkey_rs.experiments.sweep.selection import chosen_epoch, score, split_rows
+from hiddenkey_rs.experiments.sweep.watching import is_look
 from hiddenkey_rs.experiments.tasks import TASKS
 
 PLAN = """\
@@ -96,6 +97,7 @@ BAD = [
     ("select_rows: 20", "select_rows: 0", r"select_rows is 0 \(got .*line 2\)"),
     ("search_seeds: [0, 1]", "search_seeds: [0, 0]", r"protocol.search_seeds is no list of different seeds .*line 2"),
     ("search_seeds: [0, 1]", "select_by: matthews", r"the metric 'matthews' does not fit the task small .*line 2"),
+    ("search_seeds: [0, 1]", "looks: 0", r"looks is 0 .*line 2\); give a whole number from 1 up"),
     ("search_seeds: [0, 1]", "generate: -1", r"generate is -1 .*line 2"),
     ("search_seeds: [0, 1]", "report_test: 1", r"report_test is 1 .*line 2\); write true or false"),
     (
@@ -188,6 +190,13 @@ def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
     assert len(choose) + len(report) == 40
     with_test = Protocol(select_rows=500, select_from="dev", report_test=True)
     assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (again, same + TEST)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "looks", "at"), [(3, None, [1, 2, 3]), (24, 4, [6, 12, 18, 24]), (5, 4, [2, 3, 4, 5]), (2, 9, [1, 2])]
+)
+def test_looks_are_spread_over_a_run_and_end_with_it(epochs: int, looks: int | None, at: list[int]) -> None:
+    assert [epoch for epoch in range(1, epochs + 1) if is_look(epoch, epochs, looks)] == at
 
 
 def test_the_epoch_is_the_best_on_the_selection_rows() -> None:

@@ -8,7 +8,7 @@ The file (YAML)::
       select_by: metric         # the task's first metric; or: loss, or a metric's name
       report_rows: 1000         # at most so many development rows are reported, the same for all (default: all)
       report_test: true         # labelled test rows, where a task has them, join the development rows (default: false)
-      evaluate_every: 2         # epochs between looks at the rows held back; always after the last (default: 1)
+      looks: 4                  # at rows held back, evenly over a run's epochs (default: after every epoch)
       generate: 200             # data to text: final runs generate for so many sources (default: all; 0: none)
       search_seeds: [0, 1]      # every method x setting x task x these
       final_seeds: [100, 101]   # the chosen setting of every method x task x these
@@ -48,7 +48,7 @@ class Protocol:
     select_by: str = "metric"
     report_rows: int | None = None
     report_test: bool = False
-    evaluate_every: int = 1
+    looks: int | None = None
     generate: int | None = None
     search_seeds: tuple[int, ...] = (0,)
     final_seeds: tuple[int, ...] = (100, 101, 102)

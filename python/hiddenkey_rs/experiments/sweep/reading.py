@@ -95,7 +95,7 @@ class _Reader:
         if given.get("select_from", "train") not in ("train", "dev"):
             what = f"unknown select_from {given['select_from']!r}"
             raise self.source.error((*place, "select_from"), what, "use train or dev")
-        for name, least in (("select_rows", 1), ("report_rows", 1), ("evaluate_every", 1), ("generate", 0)):
+        for name, least in (("select_rows", 1), ("report_rows", 1), ("looks", 1), ("generate", 0)):
             count = given.get(name, 1)
             if type(count) is not int or count < least:
                 raise self.source.error((*place, name), f"{name} is {count!r}", f"give a whole number from {least} up")

@@ -52,8 +52,8 @@ class Watcher(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One entry of the history; per-example outcomes of the best epoch so far and of the last."""
-        config, epoch = self.trial.config, round(state.epoch)
-        if epoch % self.trial.protocol.evaluate_every and epoch != config.epochs:
+        config = self.trial.config
+        if not is_look(round(state.epoch), config.epochs, self.trial.protocol.looks):
             return
         self.training_seconds += time.perf_counter() - self.clock
         rows = config.train_eval_rows or len(self.parts["train"])
@@ -88,6 +88,16 @@ class Watcher(TrainerCallback):
 
     def _learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def is_look(epoch: int, epochs: int, looks: int | None) -> bool:
+    """Whether rows held back are looked at after this epoch (from 1): ``looks`` times, evenly, the last time at the end.
+
+    Example:
+        >>> [epoch for epoch in range(1, 11) if is_look(epoch, 10, 4)]
+        [3, 5, 8, 10]
+    """
+    return looks is None or epoch * looks // epochs > (epoch - 1) * looks // epochs
 
 
 def rounded(figures: Mapping[str, float]) -> dict[str, float]:
