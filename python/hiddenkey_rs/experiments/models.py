@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..ops import sdpa
 from .tasks import Task
 
 MINILM, GPT2_TINY = "minilm", "gpt2-tiny"
@@ -47,6 +48,14 @@ def load_model(name: str, task: Task, seed: int, attention: str | None = None) -
     except (OSError, ValueError) as error:
         raise _unloadable("model", name, error) from None
     return _with_padding(model, tokenizer), tokenizer
+
+
+def attention_for(bf16: bool, length: int) -> str | None:
+    """The ``attn_implementation`` for rows of up to ``length`` tokens, ``None`` for transformers' own choice.
+
+    Eager for short rows in bfloat16 on a CPU, where torch's kernel would take most of a step's time.
+    """
+    return "eager" if bf16 and length <= sdpa.SHORT and not torch.cuda.is_available() else None
 
 
 def load_tokenizer(name: str) -> Any:

@@ -21,7 +21,7 @@ from .evaluate import evaluate
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
 from .job import job
-from .models import add_lora, load_adapter, load_model, quiet_libraries
+from .models import add_lora, attention_for, load_adapter, load_model, quiet_libraries
 from .report import curves
 from .run_config import RunConfig
 from .spread import Spread
@@ -119,7 +119,8 @@ def _begin(config: RunConfig, out: Path, resume: bool | str) -> tuple[Spread, Pa
 def prepare(config: RunConfig) -> Prepared:
     """Load and tokenise the data and load the base model."""
     task, splits = load_splits(config)
-    model, tokenizer = load_model(config.model, task, config.seed)
+    attention = attention_for(config.bf16, config.max_length or task.max_length)
+    model, tokenizer = load_model(config.model, task, config.seed, attention)
     length = config.max_length or min(task.max_length, _positions(model))
 
     def examples(rows: list[Any]) -> list[Example]:

@@ -20,7 +20,7 @@ from ..data import Splits, task_splits
 from ..demo_data import demo_splits
 from ..features import Example, collator, tokenise
 from ..generation import Group, grouped
-from ..models import add_lora, load_model, quiet_libraries
+from ..models import add_lora, attention_for, load_model, quiet_libraries
 from ..provenance import commit, processor, versions
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
@@ -117,12 +117,10 @@ def _prepare(trial: Trial, task: Task) -> _Prepared:
     config, controls = trial.config, trial.controls
     splits = _splits(task.name, config.data)
     fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed, task.source)
-    # In bfloat16 on a CPU, short rows, torch's attention kernel takes most of a step's time (see ops.sdpa.SHORT).
-    plain = config.bf16 and not torch.cuda.is_available()
-    model, tokenizer = load_model(config.model, task, config.seed, "eager" if plain else None)
+    length = config.max_length or task.max_length
+    model, tokenizer = load_model(config.model, task, config.seed, attention_for(config.bf16, length))
     if controls.stock_rate is not None:
         set_stock_rate(model, controls.stock_rate)
-    length = config.max_length or task.max_length
     rows = {"train": fit, "select": choose} | ({} if trial.stage == SEARCH else {"report": report})
     parts = {
         name: tokenise(part, task, tokenizer, length, model.config.is_encoder_decoder) for name, part in rows.items()
