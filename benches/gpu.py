@@ -66,7 +66,7 @@ def main() -> int:
 def _sections(device: str, place: dict[str, Any], dry: bool) -> Iterator[tuple[str, float, Iterable[Any]]]:
     """Title, when to stop, and rows, made as they are asked for."""
     from hiddenkey_rs.benchmarks import attention, harness, hidden, kernel_checks, step
-    from hiddenkey_rs.benchmarks.attention_paths import KERNEL, PLAIN, Layout
+    from hiddenkey_rs.benchmarks.attention_paths import KEPT, KERNEL, PLAIN, Layout
 
     threads = [torch.get_num_threads()]
     yield "kernels against the reference", _ATTENTION_SECONDS, kernel_checks.check(device, place, tiny=dry)
@@ -78,8 +78,9 @@ def _sections(device: str, place: dict[str, Any], dry: bool) -> Iterator[tuple[s
     )
     sizes = attention.CUDA
     if dry:
-        layouts = [Layout(2, 1, 16), Layout(2, 2, 16, pattern="element", position="dropattention")]
-        series = tuple(attention.Series(layout, (32,), (0.1,), KERNEL, (PLAIN,)) for layout in layouts)
+        columns, elements = Layout(2, 1, 16), Layout(2, 2, 16, pattern="element", position="dropattention")
+        paths = ((columns, KEPT, (PLAIN, KERNEL)), (elements, KERNEL, (PLAIN,)))
+        series = tuple(attention.Series(layout, (32,), (0.1,), ours, peers) for layout, ours, peers in paths)
         sizes = replace(sizes, tokens=64, series=series, device=device, dtype=torch.float32, goals=False)
     yield "attention", _ATTENTION_SECONDS, attention.run(sizes, threads, place)
     yield "training steps", _STEP_SECONDS, step.run(_steps(device, dry), threads, place)

@@ -88,13 +88,15 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
-from hiddenkey_rs.ops import triton_attention_backward, triton_attention_forward, triton_hidden_kernel, triton_launch
+from hiddenkey_rs.ops import triton_attention_backward, triton_attention_forward, triton_gather_kernel
+from hiddenkey_rs.ops import triton_hidden_kernel, triton_launch
 
-POINTERS = {"log_kept": "fp32", "log_allowed": "fp32", "deltas": "fp32", "lost_rows": "i8", "flags": "u8"}
+POINTERS = {"log_kept": "fp32", "log_allowed": "fp32", "deltas": "fp32", "lost_rows": "i8", "flags": "u8", "lists": "i32"}
 POINTERS |= dict.fromkeys(("counts", "documents", "keys", "samples", "positions"), "i64")
 STATES = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value", "hidden", "residual")
 
-def build(kernel, constants, options):
+def build(kernel, constants, options, flags="u8"):
+    POINTERS["flags"] = flags
     types, hints = {}, {}
     for place, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else "fp32" if name in ("scale", "scaling") else "i32"
@@ -111,13 +113,17 @@ kernels = {
     "query": triton_attention_backward.query_gradient_kernel,
     "key": triton_attention_backward.key_gradient_kernel,
 }
-for name, head, dropattention in (("forward", 128, False), ("forward", 64, True), ("query", 64, True), ("key", 64, True)):
+cases = [("forward", 128, False), ("forward", 64, True), ("query", 64, True), ("key", 64, True)]
+cases = [(*case, 1) for case in cases] + [("forward", 64, False, 3), ("query", 128, False, 3), ("key", 64, False, 3)]
+for name, head, dropattention, pattern in cases:
     kernel = kernels[name]
     rows, columns, warps, stages = triton_launch.tiles(name, head, torch.bfloat16)
     constants = {"HEAD": head, "HEAD_V": head, "BLOCK_D": head, "BLOCK_V": head, "ROWS": rows, "COLUMNS": columns}
-    constants |= {"PATTERN": 1, "DROPATTENTION": dropattention, "CAUSAL": True, "WINDOW": dropattention, "OWN": True}
+    constants |= {"PATTERN": pattern, "DROPATTENTION": dropattention, "CAUSAL": True, "WINDOW": dropattention, "OWN": True}
     constants |= {"PRECISION": "tf32"} | ({"COUNT": dropattention} if name == "forward" else {})
-    build(kernel, constants, {"num_warps": warps, "num_stages": stages})
+    stages += pattern == 3 and name != "key"
+    build(kernel, constants, {"num_warps": warps, "num_stages": stages}, "i32" if pattern == 3 else "u8")
+build(triton_gather_kernel.list_kernel, {"OWN": False, "BLOCK": 1024}, {"num_warps": 4})
 element = {"FEATURES": 4096, "ROWS": 16, "COLUMNS": 128, "ELEMENT": True, "RESIDUAL": True, "COUNT": True}
 build(triton_hidden_kernel.drop_kernel, element, {"num_warps": 4, "enable_fp_fusion": False})
 print("built")
@@ -146,7 +152,8 @@ def test_a_gpu_equals_the_reference(position: str, size: int, dtype: torch.dtype
     step = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     close = {"rtol": 4 * step, "atol": 8 * step}
     how = {"position": position, "size": size, "dtype": dtype, "close": close, "device": "cuda"}
-    for pattern in ("element", "column"):
+    for pattern in ("element", "column", *(["column, kept"] if position == "dropkey" else [])):
         cases.compare(cases.BATCHES["packed"], pattern=pattern, causal=True, **how)
-        cases.compare(cases.BATCHES["split"], pattern=pattern, window=30, **how)
+        heads = "query" if pattern == "column, kept" else "group"
+        cases.compare(cases.BATCHES["split"], pattern=pattern, window=30, heads=heads, **how)
         cases.compare(cases.BATCHES["left padding"], cases.BATCHES["right padding"], pattern=pattern, **how)

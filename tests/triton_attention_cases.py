@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hiddenkey_rs import ConfigError, MaskKey, masks, ops
-from hiddenkey_rs.ops import triton_attention
+from hiddenkey_rs.ops import triton_attention, triton_gather
 from hiddenkey_rs.ops.documents import Documents
 
 KEY = MaskKey(seed=11, step=3, layer=4)
@@ -102,7 +102,8 @@ def compare(
     queries: Batch, keys: Batch | None = None, *, pattern="element", threshold=32768, position="dropkey", heads="group",
     causal=False, window=None, many=(4, 2), size=16, value_size=None, dtype=torch.float32, close=CLOSE, device="cpu",
 ) -> None:  # fmt: skip
-    """Output, gradients and the count of kept pairs, kernel against reference."""
+    """Output, gradients and the count of kept pairs, kernel against reference. ``"column, kept"``: kept keys alone."""
+    pattern, _, alone = pattern.partition(", ")
     queries, keys = queries.to(device), keys and keys.to(device)
     cross, keys = keys is not None, keys or queries
     documents = Documents.across(queries.documents(), keys.documents()) if cross else queries.documents()
@@ -112,7 +113,7 @@ def compare(
     keep = drawn(pattern, threshold, mask_heads, queries, keys)
     site = torch.tensor([KEY.derive()], device=device)
     given = {"keys": site, "threshold": threshold} if pattern == "element" else {"keep": keep[:, :, 0]}
-    how = {"position": position, "heads": heads, "causal": causal, "window": window}
+    how = {"position": position, "heads": heads, "causal": causal, "window": window, "gather": alone == "kept"}
     out, kept_pairs = triton_attention.attention(*inputs, documents, **given, **how, count=True)
     gradient = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     grads = torch.autograd.grad(out, inputs, gradient)
@@ -138,67 +139,144 @@ def test_positions_and_patterns(name: str, pattern: str, position: str) -> None:
     compare(BATCHES[name], pattern=pattern, position=position, causal=name == "packed", threshold=6554, many=(2, 1))
 
 
-@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+# Where a case is about which pairs are seen, DropAttention draws elements: its kernels do all that DropKey's do, and more.
+# Kept keys alone are kernels of their own, which only DropKey has.
+KINDS = [("element", "dropattention"), ("column, kept", "dropkey")]
+
+
+@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("span, kept", "dropkey")])
 @pytest.mark.parametrize("name", BATCHES)
-def test_batches(name: str, position: str) -> None:
-    compare(BATCHES[name], position=position, causal=name != "right padding", many=(2, 1))
+def test_batches(name: str, pattern: str, position: str) -> None:
+    compare(BATCHES[name], pattern=pattern, position=position, causal=name != "right padding", many=(2, 1))
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 65535])
-@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
-def test_extreme_rates(position: str, threshold: int) -> None:
-    compare(BATCHES["split"], position=position, threshold=threshold, many=(1, 1))
-    compare(BATCHES["split"], BATCHES["split"], position=position, threshold=threshold, many=(1, 1))
+@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("element", "dropkey")])
+def test_extreme_rates(pattern: str, position: str, threshold: int) -> None:
+    how = {"pattern": pattern, "position": position, "threshold": threshold, "many": (1, 1)}
+    compare(BATCHES["split"], **how)
+    compare(BATCHES["split"], BATCHES["split"], **how)
 
 
-@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize(("pattern", "position"), KINDS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 3, 130])
-def test_windows(window: int, causal: bool, position: str) -> None:
-    compare(
-        batch([(0, 140, 0)], [(3, 20, 120)], width=140), window=window, causal=causal, position=position, many=(1, 1)
-    )
+def test_windows(window: int, causal: bool, pattern: str, position: str) -> None:
+    seen = {"window": window, "causal": causal}
+    compare(batch([(0, 140, 0)], [(3, 20, 120)], width=140), pattern=pattern, position=position, many=(1, 1), **seen)
 
 
-@pytest.mark.parametrize("pattern", ["element", "column"])
+@pytest.mark.parametrize(("pattern", "position"), KINDS)
+def test_the_last_key_of_a_tile(pattern: str, position: str) -> None:
+    # With (next to) nothing dropped, a window of 2 lets the first query of the second block see key 63 of the first tile.
+    compare(batch([(0, 65, 0)], width=65), pattern=pattern, position=position, threshold=1, causal=True, window=2)
+
+
+@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("column", "dropattention")])
 @pytest.mark.parametrize("many", [(4, 2), (4, 1), (3, 3)])
 @pytest.mark.parametrize("heads", ["group", "query"])
-def test_grouped_heads(heads: str, many: tuple[int, int], pattern: str) -> None:
-    compare(BATCHES["tiny split"], heads=heads, many=many, pattern=pattern, position="dropattention")
+def test_grouped_heads(heads: str, many: tuple[int, int], pattern: str, position: str) -> None:
+    compare(BATCHES["tiny split"], heads=heads, many=many, pattern=pattern, position=position)
 
 
-@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
-@pytest.mark.parametrize("pattern", ["element", "column", "span"])
-def test_cross_attention(pattern: str, position: str) -> None:
+@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("element", "dropkey"), ("span", "dropattention")])
+@pytest.mark.parametrize("heads", ["group", "query"])
+def test_cross_attention(heads: str, pattern: str, position: str) -> None:
     decoder, encoder = batch([(0, 3, 0)], [(1, 9, 0)], width=10), batch([(0, 129, 0)], [(5, 2, 0)], width=130)
-    compare(decoder, encoder, pattern=pattern, position=position)
+    compare(decoder, encoder, pattern=pattern, position=position, heads=heads, many=(2, 1))
 
 
+@pytest.mark.parametrize(("pattern", "position"), KINDS)
 @pytest.mark.parametrize("size", [(1, 1), (24, 24), (17, 40), (80, 16), (129, 256)])
-def test_head_sizes(size: tuple[int, int]) -> None:
-    compare(BATCHES["three tokens"], size=size[0], value_size=size[1], position="dropattention", causal=True)
+def test_head_sizes(size: tuple[int, int], pattern: str, position: str) -> None:
+    how = {"size": size[0], "value_size": size[1], "pattern": pattern, "position": position, "causal": True}
+    compare(BATCHES["three tokens"], **how)
 
 
-@pytest.mark.parametrize("position", ["dropkey", "dropattention"])
+@pytest.mark.parametrize(("pattern", "position"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype, position: str) -> None:
+def test_half_precision(dtype: torch.dtype, pattern: str, position: str) -> None:
     # Weights, logit gradients and results are each rounded to the dtype once; the reference here stays in float32. The
     # interpreter cuts bfloat16 off where a GPU rounds, which doubles the step.
     step = torch.finfo(dtype).eps
-    compare(BATCHES["split"], dtype=dtype, position=position, close={"rtol": 4 * step, "atol": 8 * step})
+    close = {"rtol": 4 * step, "atol": 8 * step}
+    compare(BATCHES["split"], dtype=dtype, pattern=pattern, position=position, close=close)
 
 
-def test_a_head_whose_keys_are_all_dropped() -> None:
+@pytest.mark.parametrize("gather", [False, True])
+def test_a_head_whose_keys_are_all_dropped(gather: bool) -> None:
     # The definition of the rescue, in the open: each query its own value, or plain attention over all keys.
     one = batch([(0, 5, 0)], width=6)
     q, k, v = tensors(1, 1, 6, 6, 1)
     nothing = torch.zeros(1, 1, 5, dtype=torch.bool)
-    out, _ = triton_attention.attention(q, k, v, one.documents(), keep=nothing)
+    out, _ = triton_attention.attention(q, k, v, one.documents(), keep=nothing, gather=gather)
     assert torch.equal(out[:, :, :5], v[:, :, :5])
     sides = Documents.across(one.documents(), one.documents())
-    out, _ = triton_attention.attention(q, k, v, sides, keep=nothing)
+    out, _ = triton_attention.attention(q, k, v, sides, keep=nothing, gather=gather)
     plain, _ = triton_attention.attention(q, k, v, sides)
     torch.testing.assert_close(out, plain)
+
+
+@pytest.mark.parametrize("heads", ["group", "query"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropped_keys_are_never_read(causal: bool, heads: str) -> None:
+    # Whatever stands in a dropped row stays there: a product with it, were it with a weight of zero, would be NaN.
+    many = 2 if heads == "query" else 1
+    keep = masks.column(KEY, [SAMPLES[0]], 150, 0.3, heads=many).to_torch()[:, :, 0]
+    keep[:, :, 0] = True  # so that no causal row has to be rescued
+    keep[:, 1:] = keep[:, :1]  # and where heads have masks of their own, no key is dropped by one alone
+    inputs = tensors(2, 1, 151, 151, 1)
+    documents = batch([(1, 150, 0)], width=151).documents()
+    gone = torch.cat((torch.tensor([True]), ~keep[0, 0]))
+    spoilt = [x.detach().clone() for x in inputs]
+    for rows in spoilt[1:]:
+        rows[:, :, gone] = torch.nan
+    how = {"keep": keep, "causal": causal, "heads": heads}
+    expected, _ = triton_attention.attention(*inputs, documents, **how, gather=False)
+    spoilt = [x.requires_grad_() for x in spoilt]
+    out, _ = triton_attention.attention(*spoilt, documents, **how, gather=True)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), spoilt), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_lists_are_the_cores_bits() -> None:
+    # Heads of an example that starts at position 3, of one without keys, and of one that lost all of them.
+    keep = masks.column(KEY, SAMPLES[:3], 1100, 0.3, heads=2).to_torch()[:, :, 0]
+    keep[2] = False
+    table = torch.zeros(3, 8, dtype=torch.int64)
+    table[:, 4], table[:, 7] = torch.tensor([1090, 0, 1100]), torch.tensor([3, 0, 0])
+    for cross in (False, True):
+        lists = triton_gather.kept_lists(table, keep, cross)
+        for head in range(2):
+            ranks, kept = lists[0, head]
+            expected = keep[0, head, 3:1093].nonzero()[:, 0] + 3
+            assert torch.equal(kept[: len(expected)].long(), expected)
+            assert torch.equal(ranks[4:1094].long(), keep[0, head, 3:1093].cumsum(0))
+            assert int(ranks[3]) == int(lists[1, head, 0, 0]) == 0
+            assert int(lists[2, head, 0, 1100]) == (1100 if cross else 0)
+        if cross:
+            assert torch.equal(lists[2, 0, :, :1100], torch.arange(1100).int().expand(2, -1))
+
+
+def test_who_visits_kept_keys_alone() -> None:
+    # By itself from 128 dropped keys on, a window counts what it shows; and what was asked for never falls back.
+    worth = triton_gather.worth_gathering
+    assert [worth(keys, 0.1) for keys in (1279, 1281)] == [worth(keys, None) for keys in (1279, 1281)] == [False, True]
+    assert [worth(8192, 0.3, True, width) for width in (426, 427)] == [False, True]
+    assert [worth(8192, 0.3, False, width) for width in (213, 214)] == [False, True]
+    q, k, v = GOOD.values()
+    keep = torch.ones(1, 1, 6).bool()
+    sides = Documents.across(DOCUMENTS, DOCUMENTS)
+    refused = {
+        "no keep is given": {"documents": DOCUMENTS, "keys": KEYS, "threshold": 5},
+        "passes through dropped keys": {"documents": DOCUMENTS, "keep": keep, "position": "dropattention"},
+        "see different keys": {"documents": sides, "keep": keep, "causal": True},
+    }
+    for message, how in refused.items():
+        with pytest.raises(ConfigError, match=message):
+            triton_attention.attention(q, k, v, **how, gather=True)
 
 
 def test_small_kept_weights_are_not_lost() -> None:
@@ -275,7 +353,7 @@ def test_as_a_torch_operator() -> None:
     q, k, v = tensors(2, 1, 6, 6, 1)
     table = batch([(0, 5, 0)], width=6).documents().table
     keys = torch.tensor([KEY.derive()])
-    settings = (5, 5, False, 32768, 1, 0.25, True, True, 0, False, False)
+    settings = (5, 5, False, 32768, 1, 0.25, True, True, 0, False, False, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(triton_attention.attention_forward, (q, k, v, table, keys, None, *settings), test_utils=tests)
 

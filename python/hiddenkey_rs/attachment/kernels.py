@@ -72,7 +72,7 @@ def attend(
         if drop.pattern == "element":
             settings |= {"keys": step.keys(site, depth), "threshold": drop.threshold}
         else:
-            settings["keep"] = planned_columns(step, site, drop, depth, heads)
+            settings |= {"keep": planned_columns(step, site, drop, depth, heads), "rate": drop.realised}
     documents = step.documents(site)
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:

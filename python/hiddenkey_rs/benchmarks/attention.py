@@ -22,6 +22,7 @@ from .attention_paths import (
     DROPOUT,
     FLASH,
     GATHERED,
+    KEPT,
     KERNEL,
     PATHS,
     PLAIN,
@@ -80,15 +81,16 @@ WHOLE = Sizes(
     ),
 )
 QUICK = Sizes(4096, (Series(Layout(), (128, 512), (0.1, 0.3), GATHERED, _CPU_PEERS),))
-_CUDA_PEERS = (FLASH, PLAIN, DROPOUT, BOOLEAN, DENSE)
+_CUDA_PEERS = (FLASH, PLAIN, KERNEL, DROPOUT, BOOLEAN, DENSE)
 _WIDE = Layout(heads=16, groups=16, features=128)
 CUDA = Sizes(
     65536,
     (
-        Series(Layout(), (*_LENGTHS, 8192), _RATES, KERNEL, _CUDA_PEERS),
-        Series(Layout(causal=True), (512, 2048, 4096, 8192), (0.1, 0.3), KERNEL, (FLASH, PLAIN, DROPOUT)),
-        Series(Layout(32, 8, 128, causal=True), (2048, 8192), (0.1, 0.3), KERNEL, (FLASH, PLAIN)),
-        Series(Layout(pattern="span"), (2048,), (0.1, 0.3), KERNEL, (FLASH, PLAIN)),
+        # Kept keys alone against every key masked: what triton_gather.GATHER_DROPPED is to be set by.
+        Series(Layout(), (*_LENGTHS, 8192), _RATES, KEPT, _CUDA_PEERS),
+        Series(Layout(causal=True), (512, 2048, 4096, 8192), (0.1, 0.3), KEPT, (FLASH, PLAIN, KERNEL, DROPOUT)),
+        Series(Layout(32, 8, 128, causal=True), (2048, 8192), (0.1, 0.3), KEPT, (FLASH, PLAIN, KERNEL)),
+        Series(Layout(pattern="span"), (2048,), (0.1, 0.3), KEPT, (FLASH, PLAIN, KERNEL)),
         *(
             Series(
                 replace(_WIDE, pattern="element", position=position, causal=causal),

@@ -1,7 +1,7 @@
 """The ways to compute an attention that ``bench attention`` times, each a function of one :class:`Work`.
 
 A path runs forward and backward, draws its mask and gathers within the time, and leaves its output where the model's
-next projection reads it. What is ours goes through :func:`_dropped` and :func:`_kernel` alone: where the library's own
+next projection reads it. What is ours goes through :func:`_dropped` and :func:`_triton` alone: where the library's own
 calls change, these follow.
 """
 
@@ -25,7 +25,7 @@ from ..masks import MaskKey
 from ..plan import plan_step
 
 SEED = 11
-GATHERED, BOOLEAN, KERNEL = "gathered", "boolean row", "triton"
+GATHERED, BOOLEAN, KERNEL, KEPT = "gathered", "boolean row", "triton", "triton, gathered"
 PLAIN, FLASH, DROPOUT, DENSE = "SDPA", "SDPA, flash", "SDPA, dropout_p", "SDPA, dense mask"
 _REFERENCE_PAIRS = 1 << 22
 """Query-key pairs that the reference computes at a time: it holds a dozen tables of them."""
@@ -218,7 +218,16 @@ def _dropped(work: Work, rate: float, step: int, impl: str) -> Tensor:
 
 
 def _kernel(work: Work, rate: float, step: int) -> Result:
-    """Ours in Triton: element masks are drawn inside the kernels, forward and backward."""
+    """Ours in Triton: element masks are drawn inside the kernels, dropped columns are masked there."""
+    return _triton(work, rate, step, gather=False)
+
+
+def _kept(work: Work, rate: float, step: int) -> Result:
+    """Ours in Triton, kept keys visited alone."""
+    return _triton(work, rate, step, gather=True)
+
+
+def _triton(work: Work, rate: float, step: int, gather: bool) -> Result:
     from ..ops import triton_attention
 
     layout = work.layout
@@ -236,6 +245,7 @@ def _kernel(work: Work, rate: float, step: int) -> Result:
         position=layout.position,
         causal=layout.causal,
         scaling=work.scaling,
+        gather=gather,
         **drawn,
     )
     return work.finish(output)
@@ -249,4 +259,5 @@ PATHS: dict[str, Path] = {
     BOOLEAN: _boolean,
     GATHERED: _gathered,
     KERNEL: _kernel,
+    KEPT: _kept,
 }

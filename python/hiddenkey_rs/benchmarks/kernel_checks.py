@@ -40,12 +40,14 @@ class Problem:
     length: int
     dtype: torch.dtype
     left: bool = False
+    gather: bool = False
+    """Whether kept keys are visited alone."""
 
     @property
     def name(self) -> str:
         """As the row's case says it."""
-        seen = "causal" if self.causal else "bidirectional"
-        return f"{self.pattern} {self.position}, {seen}{f', window {self.window}' if self.window else ''}"
+        seen = f"{'causal' if self.causal else 'bidirectional'}{f', window {self.window}' if self.window else ''}"
+        return f"{self.pattern} {self.position}, {seen}{', gathered' if self.gather else ''}"
 
 
 def problems(tiny: bool) -> Iterator[Problem]:
@@ -53,10 +55,16 @@ def problems(tiny: bool) -> Iterator[Problem]:
     patterns = list(itertools.product(("element", "column", "span"), ("dropkey", "dropattention")))
     if tiny:
         for number, (pattern, position) in enumerate(patterns):
-            yield Problem(
-                pattern, position, number % 2 == 1, None, 2, 1, 16, (9, 17), 17, torch.float32, number % 2 == 0
-            )
+            left = number % 2 == 0
+            how = (pattern, position, not left, None, 2, 1, 16, (9, 17), 17, torch.float32, left)
+            yield Problem(*how, gather=(pattern, position) == ("span", "dropkey"))
         return
+    # First, so that no lack of time leaves these out: every dtype, and heads from narrow to wide.
+    shapes = [(64, dtype) for dtype in _TOLERANCES] + [(size, torch.bfloat16) for size in (32, 80, 128, 256)]
+    for (number, (features, dtype)), causal in itertools.product(enumerate(shapes), (False, True)):
+        pattern, window = ("column", "span")[(number + causal) % 2], 70 if features == 128 else None
+        kept = (4, 2, features, (129, 1, 300, 127), 301, dtype)
+        yield Problem(pattern, "dropkey", causal, window, *kept, left=features == 80, gather=True)
     for (pattern, position), causal, features, dtype in itertools.product(
         patterns, (False, True), (32, 64, 80, 128, 256), tuple(_TOLERANCES)
     ):
@@ -113,7 +121,12 @@ def _error(problem: Problem, device: str) -> float:
     drawn: dict[str, Any] = {"keep": keep[:, :, 0].to(device)}
     if problem.pattern == "element":
         drawn = {"keys": torch.tensor([place.derive()], device=device), "threshold": threshold(_RATE)}
-    settings: dict[str, Any] = {"position": problem.position, "causal": problem.causal, "window": problem.window}
+    settings: dict[str, Any] = {
+        "position": problem.position,
+        "causal": problem.causal,
+        "window": problem.window,
+        "gather": problem.gather,
+    }
     output, _ = triton_attention.attention(query, key, value, documents, **settings, **drawn)
     found = (output, *torch.autograd.grad(output, (query, key, value), gradient))
 

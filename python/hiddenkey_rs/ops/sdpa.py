@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .reference import repeat_heads
 
 SHORT = 192
-"""In 16 bits on the CPU the kernel takes, forward and backward, 16 (16 tokens), 4 (128) or 2 times (192) what the products take."""
+"""In 16 bits on the CPU the kernel takes 16 (16 tokens), 4 (128) or 2 times (192) what the products take, both passes."""
 
 
 def obstacle(position: str, bias: Tensor | None, softcap: float | None, sinks: Tensor | None) -> str | None:

@@ -1,7 +1,8 @@
 """Attention with dropped keys in Triton: no mask of (query, key) pairs exists, forward or backward.
 
 Element masks are drawn in the kernels from their counters, and once more in backward; column and span masks are one
-flag a key. Kept for backward: the inputs, the output, one or two log-sums and one flag a query.
+flag a key, or with ``gather`` a list of kept keys, which the kernels visit alone (:mod:`.triton_gather`). Kept for
+backward: the inputs, the output, one or two log-sums and one flag a query.
 
 The operators are ordinary torch custom operators, so that torch.compile and checkpointing can do with them as with
 any other. Steps, samples and keys arrive in tensors: nothing is compiled anew as training goes on.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..serialise import choice
+from . import triton_gather
 from .documents import Documents
 from .reference import POSITIONS
 from .triton_launch import Launch, kernels, strides, unable
@@ -67,6 +69,8 @@ def attention(
     window: int | None = None,
     scaling: float | None = None,
     count: bool = False,
+    gather: bool | None = None,
+    rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention within documents over a kept set, (B, H, Q, D) -> (B, H, Q, Dv), laid out (B, Q, H, Dv) in memory.
 
@@ -85,6 +89,9 @@ def attention(
             ways unless causal.
         scaling: default 1 / sqrt(D).
         count: count the kept pairs, after the rescue.
+        gather: visit kept keys alone (column and span DropKey), or every key; ``None``: alone where that is possible and
+            :func:`.triton_gather.worth_gathering`.
+        rate: behind ``keep``, the probability of dropping; for that choice alone.
 
     Returns:
         (out, kept): like ``query`` with Dv; int64 (), the kept pairs of all heads, 0 unless counted.
@@ -108,6 +115,11 @@ def attention(
         )
     if keys is not None and threshold == 0:
         keys = None
+    reason = triton_gather.obstacle(keep, position, documents.cross, causal, window)
+    if gather and reason is not None:
+        raise ConfigError(f"kept keys cannot be visited alone: {reason} (got gather=True); leave it out")
+    if gather is None:
+        gather = reason is None and triton_gather.worth_gathering(documents.keys, rate, causal, window)
     outputs = attention_forward(
         *(rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value)),
         documents.table,
@@ -123,6 +135,7 @@ def attention(
         causal,
         window or 0,
         documents.cross,
+        gather,
         count,
     )
     return outputs[0], outputs[4]
@@ -214,12 +227,14 @@ def attention_forward(
     causal: bool,
     window: int,
     cross: bool,
+    gather: bool,
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Behind :func:`attention`, which checks: (out, log-sums over kept and over allowed keys, rescued rows, kept pairs)."""
     outputs = _outputs(query, value, keys is not None or keep is not None, dropattention)
     out, log_kept, log_allowed, lost, counts = outputs
-    launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads)
+    lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
+    launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads, lists=lists)
     if launch.programs:
         with launch.device:
             kernels("attention_forward").forward_kernel[(launch.programs,)](
@@ -255,25 +270,31 @@ def attention_backward(
     causal: bool,
     window: int,
     cross: bool,
+    gather: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    grads = tuple(_heads_inside(rows, rows.shape[-1]) for rows in (query, key, value))
-    grad_query, grad_key, grad_value = grads
+    grad_query = _heads_inside(query, query.shape[-1])
+    lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
+    # A list is one query head's or one key/value head's. The former's gradients of keys are added up afterwards.
+    apart = lists is not None and mask_heads != key.shape[1]
+    grad_key, grad_value = (
+        _heads_inside(rows, rows.shape[-1], *((mask_heads, torch.float32) if apart else ())) for rows in (key, value)
+    )
     deltas = torch.empty_like(log_kept)
     flags = {"DROPATTENTION": dropattention, "CAUSAL": causal, "WINDOW": window > 0, "OWN": not cross}
     sums = (log_kept, log_allowed, lost, deltas)
     settings = (scaling, scaling * _LOG2E, window, threshold)
     backward = kernels("attention_backward")
-    launch = Launch("query", query, key, value, table, keys, keep, most_queries, mask_heads)
+    launch = Launch("query", query, key, value, table, keys, keep, most_queries, mask_heads, lists=lists)
     if launch.programs:
         with launch.device:
             backward.query_gradient_kernel[(launch.programs,)](
-                query, key, value, out, gradient, grad_query, *sums, *launch.tensors,
-                *strides(query, key, value, out, gradient, grad_query), *launch.numbers, *settings,
+                query, key, value, out, gradient, grad_query, grad_value, *sums, *launch.tensors,
+                *strides(query, key, value, out, gradient, grad_query, grad_value), *launch.numbers, *settings,
                 **launch.constants, **flags,
             )  # fmt: skip
-    launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, shifted)
+    launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, shifted, lists)
     if launch.programs:
         with launch.device:
             backward.key_gradient_kernel[(launch.programs,)](
@@ -281,6 +302,8 @@ def attention_backward(
                 *strides(query, key, value, gradient, grad_key, grad_value), *launch.numbers, *settings,
                 **launch.constants, **flags,
             )  # fmt: skip
+    if apart:
+        grad_key, grad_value = (_added_up(rows, key.shape[1], key.dtype) for rows in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
 
 
@@ -299,10 +322,17 @@ def _outputs(
     )
 
 
-def _heads_inside(rows: Tensor, size: int) -> Tensor:
+def _heads_inside(rows: Tensor, size: int, heads: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros (B, H, L, size) that lie (B, L, H, size) in memory, as models want them. Padding stays zero."""
-    batch, heads, length, _ = rows.shape
-    return rows.new_zeros((batch, length, heads, size)).transpose(1, 2)
+    batch, own, length, _ = rows.shape
+    return rows.new_zeros((batch, length, heads or own, size), dtype=dtype).transpose(1, 2)
+
+
+def _added_up(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """Gradients (B, H, L, D) of query heads as those of their key/value heads, (B, groups, L, D)."""
+    batch, _, length, size = rows.shape
+    sums = rows.transpose(1, 2).reshape(batch, length, groups, -1, size).sum(3)
+    return sums.to(dtype).transpose(1, 2)
 
 
 @attention_forward.register_fake
@@ -326,7 +356,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 14
+    return *attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 15
 
 
 attention_forward.register_autograd(_gradient, setup_context=_save)

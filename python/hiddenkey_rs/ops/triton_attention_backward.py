@@ -20,13 +20,16 @@ from .triton_attention_forward import (
     allowed_tile,
     dot,
     drawn_tile,
+    head_flags,
     key_range,
     load_document,
     load_key,
     load_rows,
     scores_of,
     store_rows,
+    tile_columns,
 )
+from .triton_gather_kernel import kept_range
 from .triton_philox import jit, tl
 
 
@@ -40,7 +43,7 @@ def signed_weights(
     The sign tells the two apart where the logits' gradient is made, so that no flags stay in registers meanwhile.
     """
     kept = allowed
-    if PATTERN != 0:
+    if PATTERN == 1 or PATTERN == 2:
         rescued = columns[None, :] == rows[:, None] if OWN else lost[:, None]
         kept = allowed & tl.where(lost[:, None], rescued, keep)
     if DROPATTENTION:
@@ -82,9 +85,11 @@ def load_sums(log_kept, log_allowed, lost_rows, place, real, PATTERN: tl.constex
 
 @jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
-    query, key, value, out, grad_out, grad_query, log_kept, log_allowed, lost_rows, deltas, documents, keys, flags,
+    query, key, value, out, grad_out, grad_query, grad_value,
+    log_kept, log_allowed, lost_rows, deltas, documents, keys, flags,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
     out_row, out_head, out_token, grad_out_row, grad_out_head, grad_out_token, grad_row, grad_head, grad_token,
+    grad_value_row, grad_value_head, grad_value_token,
     heads, queries, group, mask_group, mask_heads, flag_columns, documents_each, blocks,
     scaling, scale, window, threshold,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -103,8 +108,7 @@ def query_gradient_kernel(
         return
     mask_head = head // mask_group
     k0, k1 = load_key(keys, number, documents_each, PATTERN)
-    if PATTERN == 2:
-        flags += (number * mask_heads + mask_head).to(tl.int64) * flag_columns
+    flags = head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN)
     index = block * ROWS + tl.arange(0, ROWS)
     rows = query_first + index
     real = index < query_count
@@ -127,16 +131,18 @@ def query_gradient_kernel(
     low, high = key_first, key_first + key_count
     row_low = query_first + block * ROWS
     row_high = tl.minimum(row_low + ROWS, query_first + query_count)
-    start, end = key_range(row_low, row_high, low, high, window, CAUSAL, WINDOW, COLUMNS)
+    start, end = key_range(row_low, row_high, low, high, window, CAUSAL, WINDOW, 1 if PATTERN == 3 else COLUMNS)
+    if PATTERN == 3:
+        start, end = kept_range(flags, start, end, low, high)
     gradient = tl.zeros((ROWS, BLOCK_D), tl.float32)
     for first in range(start, end, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
+        columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
         k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D)
         v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V)
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION) * scale
         allowed = allowed_tile(rows, columns, low, high, window, CAUSAL, WINDOW)
         keep = allowed
-        if PATTERN != 0:
+        if PATTERN == 1 or PATTERN == 2:
             keep = drawn_tile(
                 rows, columns, first, mask_head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
             )
@@ -147,6 +153,21 @@ def query_gradient_kernel(
         inner = logit_gradient(weights, products, delta, share, DROPATTENTION)
         gradient = dot(inner.to(k.dtype), k, gradient, PRECISION)
     store_rows(grad_query, grad_token, index, query_count, gradient * scaling, HEAD, BLOCK_D)
+    if PATTERN == 3 and OWN:
+        # A rescued row gave its own value, whose key is in no list: its gradient is written here. The mask's first head
+        # adds up what all heads under that mask ask for, since they lost the same rows.
+        mine = lost & (head % mask_group == 0)
+        turns = tl.where(tl.max(mine.to(tl.int32), 0) > 0, mask_group, 0)
+        handed = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        for turn in range(turns):
+            rescued = load_rows(
+                grad_out + turn * grad_out_head, grad_out_token, tl.where(mine, index, -1), query_count, HEAD_V, BLOCK_V
+            )
+            handed += rescued.to(tl.float32)
+        grad_value += row * grad_value_row + mask_head * grad_value_head + key_start * grad_value_token
+        store_rows(
+            grad_value, grad_value_token, tl.where(mine, rows - key_first, -1), key_count, handed, HEAD_V, BLOCK_V
+        )
 
 
 @jit(do_not_specialize=VARYING)
@@ -163,22 +184,28 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Gradients of one tile of keys and values of one key/value head, summed over the group's query heads in order.
 
-    No atomics: the sums are the same in every run.
+    Lists of kept keys (pattern 3) are the mask's, so there a program has one mask's tile and query heads: where masks are
+    one a query head, gradients are made one a query head. No atomics: the sums are the same in every run.
     """
     program = tl.program_id(0)
     block = program % blocks
-    key_heads = heads // group
-    grouped = (program // blocks) % key_heads
-    number = (program // blocks) // key_heads
+    members = mask_group if PATTERN == 3 else group
+    owners = heads // members
+    owner = (program // blocks) % owners
+    number = (program // blocks) // owners
+    grouped = owner * members // group
     row, query_start, query_count, key_start, key_count, sample, query_first, key_first = load_document(
         documents, number
     )
-    first = (key_first // COLUMNS + block) * COLUMNS
     low, high = key_first, key_first + key_count
-    if first >= high:
+    first, end = (key_first // COLUMNS + block) * COLUMNS, high
+    if PATTERN == 3:
+        flags = head_flags(flags, number, mask_heads, owner, flag_columns, PATTERN)
+        first, end = block * COLUMNS, tl.load(flags + high)
+    if first >= end:
         return
     k0, k1 = load_key(keys, number, documents_each, PATTERN)
-    columns = first + tl.arange(0, COLUMNS)
+    columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
     query += row * query_row + query_start * query_token
     grad_out += row * grad_out_row + query_start * grad_out_token
     key += row * key_row + grouped * key_head + key_start * key_token
@@ -189,6 +216,9 @@ def key_gradient_kernel(
     # The queries that can see this tile, as indices into the document.
     from_index, to_index = 0, query_count
     tile_low, tile_high = tl.maximum(first, low), tl.minimum(first + COLUMNS, high)
+    if PATTERN == 3:
+        tile_low = tl.load(flags + flag_columns + first)
+        tile_high = tl.load(flags + flag_columns + tl.minimum(first + COLUMNS, end) - 1) + 1
     if CAUSAL:
         from_index = tl.maximum(from_index, tile_low - query_first)
     if WINDOW:
@@ -200,8 +230,8 @@ def key_gradient_kernel(
     key_sum = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
     value_sum = tl.zeros((COLUMNS, BLOCK_V), tl.float32)
     # One loop over (query head, block), not two: an inner loop of a few blocks would start its loads anew every time.
-    for turn in range(many * group):
-        head = grouped * group + turn // many
+    for turn in range(many * members):
+        head = owner * members + turn // many
         mask_head = head // mask_group
         index = (from_block + turn % many) * ROWS + tl.arange(0, ROWS)
         rows = query_first + index
@@ -216,8 +246,7 @@ def key_gradient_kernel(
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION) * scale
         allowed = allowed_tile(rows, columns, low, high, window, CAUSAL, WINDOW)
         keep = allowed
-        if PATTERN != 0:
-            head_flags = flags + (number * mask_heads + mask_head).to(tl.int64) * flag_columns
+        if PATTERN == 1 or PATTERN == 2:
             keep = drawn_tile(
                 rows,
                 columns,
@@ -227,7 +256,7 @@ def key_gradient_kernel(
                 k0,
                 k1,
                 threshold,
-                head_flags,
+                head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN),
                 flag_columns,
                 PATTERN,
                 ROWS,
@@ -244,7 +273,7 @@ def key_gradient_kernel(
         products = scores_of(do, v, ROWS, COLUMNS, PRECISION)
         inner = logit_gradient(weights, products, delta, share, DROPATTENTION)
         key_sum = dot(tl.trans(inner.to(q.dtype)), q, key_sum, PRECISION)
-    grad_key += row * grad_key_row + grouped * grad_key_head + key_start * grad_key_token
-    grad_value += row * grad_value_row + grouped * grad_value_head + key_start * grad_value_token
+    grad_key += row * grad_key_row + owner * grad_key_head + key_start * grad_key_token
+    grad_value += row * grad_value_row + owner * grad_value_head + key_start * grad_value_token
     store_rows(grad_key, grad_key_token, columns - key_first, key_count, key_sum * scaling, HEAD, BLOCK_D)
     store_rows(grad_value, grad_value_token, columns - key_first, key_count, value_sum, HEAD_V, BLOCK_V)

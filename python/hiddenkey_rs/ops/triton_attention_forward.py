@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from .triton_gather_kernel import kept_columns, kept_range, list_of
 from .triton_philox import jit, keep_tile, sample_words, tl
 
 VARYING = ["queries", "flag_columns", "documents_each", "blocks", "threshold"]
@@ -103,6 +104,25 @@ def drawn_tile(
 
 
 @jit
+def head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN: tl.constexpr):
+    """Where the flags (pattern 2) or the list (3) of a head of a document begin."""
+    if PATTERN == 2:
+        flags += (number * mask_heads + mask_head).to(tl.int64) * flag_columns
+    if PATTERN == 3:
+        flags = list_of(flags, number, mask_heads, mask_head, flag_columns)
+    return flags
+
+
+@jit
+def tile_columns(first, end, flags, flag_columns, PATTERN: tl.constexpr, COLUMNS: tl.constexpr):
+    """Positions of a tile's keys: those from ``first`` on, or those that a list holds there, -1 behind its end."""
+    columns = first + tl.arange(0, COLUMNS)
+    if PATTERN == 3:
+        columns = kept_columns(flags, flag_columns, first, end, COLUMNS)
+    return columns
+
+
+@jit
 def key_range(row_low, row_high, low, high, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     """Key positions [from, to) that rows [row_low, row_high) can see; ``from`` is rounded down to a whole tile."""
     if CAUSAL:
@@ -157,8 +177,7 @@ def forward_kernel(
         return
     mask_head = head // mask_group
     k0, k1 = load_key(keys, number, documents_each, PATTERN)
-    if PATTERN == 2:
-        flags += (number * mask_heads + mask_head).to(tl.int64) * flag_columns
+    flags = head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN)
     index = block * ROWS + tl.arange(0, ROWS)
     rows = query_first + index
     real = index < query_count
@@ -170,7 +189,9 @@ def forward_kernel(
     low, high = key_first, key_first + key_count
     row_low = query_first + block * ROWS
     row_high = tl.minimum(row_low + ROWS, query_first + query_count)
-    start, end = key_range(row_low, row_high, low, high, window, CAUSAL, WINDOW, COLUMNS)
+    start, end = key_range(row_low, row_high, low, high, window, CAUSAL, WINDOW, 1 if PATTERN == 3 else COLUMNS)
+    if PATTERN == 3:
+        start, end = kept_range(flags, start, end, low, high)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -180,13 +201,13 @@ def forward_kernel(
     dropped_total = tl.zeros((ROWS,), tl.float32)
     kept_pairs = tl.zeros((ROWS,), tl.int32)
     for first in range(start, end, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
+        columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
         k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D)
         v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V)
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION) * scale
         allowed = allowed_tile(rows, columns, low, high, window, CAUSAL, WINDOW)
         kept = allowed
-        if PATTERN != 0:
+        if PATTERN == 1 or PATTERN == 2:
             keep = drawn_tile(
                 rows, columns, first, mask_head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
             )
@@ -219,7 +240,7 @@ def forward_kernel(
         both = total * tl.exp2(maximum - base) + dropped_total * tl.exp2(dropped_maximum - base)
         every = tl.where(both > 0, base + tl.log2(both), float("inf"))
     place = (row * heads + head) * queries + query_start + index
-    if PATTERN != 0:
+    if PATTERN == 1 or PATTERN == 2:
         lost = (total == 0) & real
         tl.store(lost_rows + place, lost.to(tl.int8), mask=real)
         # Only now is it known who kept nothing. Those rows run again, over their own key or all allowed keys; blocks
@@ -242,6 +263,15 @@ def forward_kernel(
     # A row without any allowed key: zeros, and a log-sum of +inf makes every weight of the backward pass zero.
     some = total > 0
     output = output / tl.where(some, total, 1.0)[:, None]
+    if PATTERN == 3 and OWN:
+        # One key alone has weight one, whatever its score: a row that kept nothing takes its own value. To the loops of
+        # the backward pass it is like a row without keys.
+        own = rows - key_first
+        lost = (total == 0) & real & (own >= 0) & (own < key_count)
+        output += load_rows(value, value_token, tl.where(lost, own, -1), key_count, HEAD_V, BLOCK_V).to(tl.float32)
+        tl.store(lost_rows + place, lost.to(tl.int8), mask=real)
+        if COUNT:
+            kept_pairs += lost.to(tl.int32)
     out += row * out_row + head * out_head + query_start * out_token
     store_rows(out, out_token, index, query_count, output, HEAD_V, BLOCK_V)
     kept_log = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), float("inf"))

@@ -14,7 +14,7 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HOPPER = 227 << 10
 """Bytes of shared memory that a block of an H100 can have."""
-_NOTHING, _ELEMENT, _KEYS = 0, 1, 2
+_NOTHING, _ELEMENT, _KEYS, _KEPT = 0, 1, 2, 3
 
 
 def unable(states: Tensor) -> str | None:
@@ -43,19 +43,22 @@ class Launch:
         longest: int,
         mask_heads: int,
         shifted: bool = False,
+        lists: Tensor | None = None,
     ) -> None:
         heads, groups = query.shape[1], key.shape[1]
         head, head_v = query.shape[-1], value.shape[-1]
-        pattern = _ELEMENT if keys is not None else _KEYS if keep is not None else _NOTHING
+        pattern = _KEPT if lists is not None else _KEYS if keep is not None else _NOTHING if keys is None else _ELEMENT
         rows, columns, warps, stages = tiles(kind, max(head, head_v), query.dtype, _shared_memory(query.device))
-        # A document whose first key stands inside a tile of positions can touch one tile more.
-        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + (columns - 1) * shifted, columns)
-        self.programs = blocks * len(table) * (groups if kind == "key" else heads)
+        # A document whose first key stands inside a tile of positions can touch one tile more; tiles of a list cannot.
+        beyond = (columns - 1) * (shifted and pattern != _KEPT)
+        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + beyond, columns)
+        owners = mask_heads if pattern == _KEPT else groups
+        self.programs = blocks * len(table) * (owners if kind == "key" else heads)
         # Tensors that a launch has no use for: any pointer does.
         self.tensors = (
             table.contiguous(),
             table if keys is None else keys.contiguous(),
-            table if keep is None else keep.contiguous().view(torch.uint8),
+            table if keep is None else keep.contiguous().view(torch.uint8) if lists is None else lists,
         )
         each = len(table) if keys is None else len(table) // len(keys)
         self.numbers = (
@@ -64,7 +67,7 @@ class Launch:
             heads // groups,
             heads // mask_heads,
             mask_heads,
-            0 if keep is None else keep.shape[2],
+            0 if keep is None else keep.shape[2] if lists is None else lists.shape[3],
             each,
             blocks,
         )
@@ -78,10 +81,15 @@ class Launch:
             "PATTERN": pattern,
             "PRECISION": _precision(query, max(head, head_v)),
             "num_warps": warps,
-            "num_stages": stages,
+            # One stage more, where there are two, for the positions that rows are loaded by: half a KiB.
+            "num_stages": stages + (pattern == _KEPT and kind != "key" and stages > 1),
         }
-        # Triton launches on the current device, whatever device the tensors are on.
-        self.device: Any = torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext()
+        self.device: Any = device_of(query)
+
+
+def device_of(states: Tensor) -> Any:
+    """A context to launch in: Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(states.device) if states.device.type == "cuda" else nullcontext()
 
 
 def tiles(kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER) -> tuple[int, int, int, int]:
