@@ -126,7 +126,9 @@ def _protocol(study: Study) -> list[str]:
         "one half of the development rows" if protocol.select_from == "dev" else "training rows that no subset contains"
     )
     rest = "the other half" if protocol.select_from == "dev" else "the development rows"
+    rest += " and labelled test rows" if protocol.report_test else ""
     rest += "" if protocol.report_rows is None else f" (at most {protocol.report_rows} of them)"
+    looks = "after every epoch" if protocol.looks is None else f"{protocol.looks} times, evenly over the epochs"
     by = "the task's metric" if protocol.select_by == "metric" else protocol.select_by
     base = dict(plan.base)
     lines = [item.line for item in study.found.values()]
@@ -138,8 +140,8 @@ def _protocol(study: Study) -> list[str]:
     return [
         f"Protocol: every method searches {settings} settings on seeds {_list(protocol.search_seeds)}; the best mean by {by} on "
         f"{protocol.select_rows} selection rows ({source}) is run on seeds {_list(protocol.final_seeds)}. A seed decides "
-        f"training subset, order and initial weights, the same for all methods. The epoch is chosen on the selection rows. "
-        f"Reported are {rest}, which choose nothing.",
+        f"training subset, order and initial weights, the same for all methods. Rows held back are looked at {looks}; "
+        f"the epoch is chosen on the selection rows. Reported are {rest}, which choose nothing and which a search does not see.",
         f"All runs start from: {setting_text(base)}.",
         f"Run with {', '.join(versions) or 'unknown versions'} on {'; '.join(machines) or 'an unknown machine'}; commit "
         f"{', '.join(commits)}. Plan {plan.name}, digest {plan.digest}.",
