@@ -158,3 +158,12 @@ def test_make_gpu_needs_cuda_and_can_be_rehearsed(tmp_path: Path) -> None:
     text = (tmp_path / "gpu_dry_run.md").read_text()
     assert "6 of 6 kernel checks right" in text
     assert "| element dropattention" in text
+
+
+def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_memory, "on_cpu", lambda _, chosen, __: dict.fromkeys(chosen, 10.0))
+    lines = tmp_path / "step.jsonl"
+    assert quick("--memory-only", "--models", "encoder", "--json", str(lines)) == 0
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert {row["unit"] for row in rows} == {"MiB"}
+    assert all(row["checked"] and "peak memory" in row["case"] for row in rows)

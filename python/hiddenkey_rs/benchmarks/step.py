@@ -71,6 +71,7 @@ class Sizes:
     profile: bool = False
     compiled: bool = False
     memory: bool = True
+    times: bool = True
     budget: float = 30.0
     """Seconds of a model to spend on samples beyond the least number."""
 
@@ -111,6 +112,7 @@ def adapted(options: argparse.Namespace) -> Sizes:
         profile=options.profile,
         compiled=options.compile,
         memory=not options.no_memory,
+        times=not options.memory_only,
     )
 
 
@@ -137,13 +139,15 @@ def _model(sizes: Sizes, shape: Shape, threads: int, place: dict[str, Any]) -> I
     timed = {variant: runner for variant, runner in runners.items() if variant in right}
     if sizes.memory and sizes.device != "cpu":
         peaks = step_memory.on_device(timed, base)
-    devices.say(f"step: {shape.label}, {threads} thread(s), {len(timed)} variants in turn")
-    samples = _alternate(timed, sizes)
+    samples: dict[Variant, list[float]] = {}
+    if sizes.times:
+        devices.say(f"step: {shape.label}, {threads} thread(s), {len(timed)} variants in turn")
+        samples = _alternate(timed, sizes)
     if sizes.profile:
         shown = [variant for variant in (NONE, ADAPTER, MINUS, FULL) if variant in timed]
         place = {**place, "profile": step_profile.profile({v: timed[v] for v in shown}, sizes.device)}
     decoder = shape.decoder
-    for ours, peer, *limits in _COMPARED:
+    for ours, peer, *limits in _COMPARED if sizes.times else ():
         if {ours, peer} <= set(chosen):
             times = [summary(samples.get(variant, []), 1e3) for variant in (ours, peer)]
             checked = {ours, peer} <= right

@@ -65,7 +65,9 @@ def _ranks(text: str) -> list[int]:
 def _add_step(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", action="store_true", help="also show which parts of the step take the time")
     sub.add_argument("--compile", action="store_true", help="also time compiled models (torch.compile)")
-    sub.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process for each variant")
+    memory = sub.add_mutually_exclusive_group()
+    memory.add_argument("--no-memory", action="store_true", help="leave out peak memory, a process for each variant")
+    memory.add_argument("--memory-only", action="store_true", help="peak memory alone, no times")
     sub.add_argument("--models", nargs="+", choices=("encoder", "decoder"), help="which models (default: both)")
     sub.add_argument("--samples", type=int, metavar="N", help="of each variant (default: 7, or 3 with --quick)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights (default: bfloat16 on CUDA only)")
