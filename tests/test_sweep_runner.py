@@ -18,6 +18,7 @@ import pytest
 import hiddenkey_rs as hk
 from hiddenkey_rs.experiments import generation
 from hiddenkey_rs.experiments.generation import Decoding
+from hiddenkey_rs.experiments.sweep import workers
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
 from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
 from hiddenkey_rs.experiments.sweep.reading import load_plan
@@ -287,3 +288,21 @@ def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: p
     assert chosen["rouge_l"] >= 0
     assert set(chosen) - set(other) == {"bleu", "rouge_l", "cider"} - set(final.texts["absent"])
     assert "CIDEr" in final.texts["absent"]["cider"] or "pycocoevalcap" in final.texts["absent"]["cider"]
+
+
+def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "TRIALS", 1)
+    text = PLAN.replace("task: demo", "task: mrpc")
+    (tmp_path / "plan.yaml").write_text(text)
+    trial = load_plan(tmp_path / "plan.yaml", str(tmp_path)).search()[0]
+    pool, seen = workers.Workers(1, 1, "x", "command"), set()
+    try:
+        for _ in range(2):
+            seen.add(pool._idle[0].process.pid)
+            pool.submit(trial)
+            ((_, outcome),) = pool.finished(60)
+            assert "MRPC" in str(outcome)  # there is no data: a failure is a trial, too
+        assert pool.free == 1
+    finally:
+        pool.close()
+    assert len(seen) == 2

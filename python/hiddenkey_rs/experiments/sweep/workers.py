@@ -16,6 +16,9 @@ from ...errors import HiddenKeyError
 from .lines import ResultLine
 from .plan import Trial
 
+TRIALS = 40
+"""Of one process: what libraries keep of every shape that they have met adds up, by some 20 MB a trial."""
+
 Outcome = ResultLine | str
 """A trial's line, or why there is none."""
 
@@ -56,7 +59,8 @@ class Workers:
             worker, trial, _ = self._busy.pop(cast(Connection, connection))
             try:
                 outcome: Outcome = worker.connection.recv()
-                self._idle.append(worker)
+                worker.trials += 1
+                self._idle.append(worker if worker.trials < TRIALS else self._renewed(worker))
             except (EOFError, OSError):
                 worker.process.join()
                 outcome = f"the process ended with exit code {worker.process.exitcode}"
@@ -68,6 +72,11 @@ class Workers:
         for worker in [*self._idle, *(worker for worker, _, _ in self._busy.values())]:
             worker.process.terminate()
             worker.process.join()
+
+    def _renewed(self, worker: _Worker) -> _Worker:
+        worker.connection.close()  # it ends by itself
+        worker.process.join()
+        return self._new()
 
     def _new(self) -> _Worker:
         ours, theirs = self._context.Pipe()
@@ -89,6 +98,7 @@ class Workers:
 class _Worker:
     def __init__(self, process: Any, connection: Connection) -> None:
         self.process, self.connection = process, connection
+        self.trials = 0
 
 
 def _work(connection: Connection, threads: int, plan: str, command: str) -> None:
