@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def settle(threads: int | None) -> None:
+    """What every run and trial begins with: quiet libraries, kernels that repeat, ``threads`` of torch (default: as it is)."""
+    quiet_libraries()
+    # transformers 5.23 renamed gradient to activation checkpointing and warns of its own and peft's calls by the old name.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def load_model(name: str, task: Task, seed: int, attention: str | None = None) -> tuple[Any, Any]:

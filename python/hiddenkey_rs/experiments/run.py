@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from .evaluate import evaluate
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
 from .job import job
-from .models import add_lora, attention_for, load_adapter, load_model, quiet_libraries
+from .models import add_lora, attention_for, load_adapter, load_model, settle
 from .report import curves
 from .run_config import RunConfig
 from .spread import Spread
@@ -71,11 +70,16 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
             return dict(folder.load_metrics(out, config))
         spread, checkpoint = _begin(config, out, resume)
         drops = config.drops()
-        _settle_torch(config)
+        settle(config.threads)
         prepared = prepare(config)
-        alpha = 2.0 * config.rank if config.alpha is None else config.alpha
         model = add_lora(
-            prepared.model, prepared.task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed
+            prepared.model,
+            prepared.task,
+            config.rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.target_modules,
+            config.seed,
         )
         state = RunState() if checkpoint is None else RunState.load(checkpoint)
         watcher = Watcher(out, prepared.task, state, _evaluation(config, prepared, model), model, config.log_masks)
@@ -152,24 +156,13 @@ def evaluate_run(out: Path) -> dict[str, Any]:
     config = folder.load_config(out)
     if not (out / folder.ADAPTER).is_dir():
         raise ConfigError(f"the run has no adapter yet (got {str(out)!r}); let it finish an epoch")
-    _settle_torch(config)
+    settle(config.threads)
     prepared = prepare(config)
     model = load_adapter(prepared.model, out / folder.ADAPTER)
     found = {"dev": evaluate(model, prepared.dev, prepared.task, prepared.collate, config.eval_batch_size)}
     if prepared.test is not None:
         found["test"] = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
     return {"task": prepared.task.name, "metric": prepared.task.metric, **found}
-
-
-def _settle_torch(config: RunConfig) -> None:
-    import torch
-
-    quiet_libraries()
-    # transformers 5.23 renamed gradient to activation checkpointing and warns of its own and peft's calls by the old name.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[], dict[str, dict[str, float]]]:

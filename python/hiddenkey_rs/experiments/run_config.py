@@ -138,6 +138,11 @@ class RunConfig(Serialisable):
             raise ConfigError(f"{name} must be a whole number above 0 (got {value!r}); mend --{name.replace('_', '-')}")
 
     @property
+    def lora_alpha(self) -> float:
+        """``alpha``, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def stock(self) -> str:
         """What happens to the model's own dropout: off, as in the paper, unless the method lives on it."""
         return self.stock_dropout or ("keep" if self.preset == "r-drop" and self.hiddenkey is None else "off")

@@ -56,6 +56,31 @@ def steps_per_epoch(config: RunConfig, spread: Spread, data: list[Example]) -> i
     return math.ceil(math.ceil(batches / spread.processes) / spread.accumulation)
 
 
+def common_arguments(config: RunConfig, accumulation: int, steps: int) -> dict[str, Any]:
+    """The ``TrainingArguments`` of runs and of a sweep's trials alike. ``steps``: optimiser steps of the whole training."""
+    import torch
+
+    return {
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": config.epochs,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": math.ceil(config.warmup * steps),
+        "weight_decay": config.weight_decay,
+        "label_smoothing_factor": config.label_smoothing,
+        "logging_steps": config.log_every,
+        "logging_nan_inf_filter": False,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "bf16": config.bf16,
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
 def make_trainer(
     config: RunConfig,
     spread: Spread,
@@ -66,7 +91,6 @@ def make_trainer(
     watcher: Watcher,
 ) -> Any:
     """The :class:`~hiddenkey_rs.HiddenKeyTrainer` of a run."""
-    import torch
     import transformers
 
     from ..train import HiddenKeyTrainer
@@ -76,29 +100,13 @@ def make_trainer(
     data, loader = training_data(config, spread, examples)
     total = config.max_steps or steps_per_epoch(config, spread, data) * config.epochs
     arguments = transformers.TrainingArguments(
+        **common_arguments(config, spread.accumulation, total),
         output_dir=config.out,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=spread.accumulation,
-        num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=math.ceil(config.warmup * total),
-        weight_decay=config.weight_decay,
-        label_smoothing_factor=config.label_smoothing,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
-        seed=config.seed,
-        data_seed=config.seed,
-        bf16=config.bf16,
         use_cpu=on_cpus(),
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
         # Every pass uses all adapters, unless it leaves out layers by chance.
         ddp_find_unused_parameters=any(getattr(module, "layerdrop", 0) for module in model.modules()),
         **_sharding(config),

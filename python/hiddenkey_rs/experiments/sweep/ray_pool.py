@@ -18,12 +18,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from ...errors import HiddenKeyError, StateError
+from ...errors import StateError
 from ..extras import extra
 from .plan import Trial
-from .workers import Outcome
+from .workers import Outcome, attempt
 
 _STORE = 100 * 2**20  # of bytes; a line is all that a trial hands back, and Ray would reserve a third of the memory
+_MOST = 500  # characters of an error that a library wrote
 
 
 class RayPool:
@@ -140,17 +141,10 @@ def _share(ray: Any, jobs: int) -> float:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+    return " ".join(str(error).split())[:_MOST]
 
 
 def _run(trial: Trial, threads: int, plan: str, command: str, folder: str) -> Outcome:
     with contextlib.suppress(OSError):  # where the node has the sweep's folder, relative paths mean the same
         os.chdir(folder)
-    try:
-        from .trial import run_trial
-
-        return run_trial(trial, plan, f"{command} --only {trial.id}", threads)
-    except HiddenKeyError as error:
-        return " ".join(str(error).split())
-    except Exception as error:  # whatever a library raises is this trial's failure and no other's
-        return f"{type(error).__name__}: {_line(error)}"
+    return attempt(trial, threads, plan, command, _MOST)

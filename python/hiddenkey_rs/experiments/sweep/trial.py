@@ -20,10 +20,11 @@ from ..data import Splits, task_splits
 from ..demo_data import demo_splits
 from ..features import Example, collator, tokenise
 from ..generation import Group, grouped
-from ..models import add_lora, attention_for, load_model, quiet_libraries
+from ..models import add_lora, attention_for, load_model, settle
 from ..provenance import commit, processor, versions
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
+from ..training import common_arguments
 from .lines import ResultLine
 from .plan import FINAL, SEARCH, Trial
 from .selection import chosen_epoch, split_rows
@@ -44,7 +45,8 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         HiddenKeyError: data or model that are missing or do not fit.
     """
     started = time.perf_counter()
-    _settle(threads)
+    settle(threads)
+    warnings.filterwarnings("ignore", message="the model keeps its own dropout")
     task = TASKS[str(trial.config.task)]
     prepared = _prepare(trial, task)
     watcher = Watcher(trial, task, prepared.model, prepared.parts, prepared.collate)
@@ -128,8 +130,9 @@ def _prepare(trial: Trial, task: Task) -> _Prepared:
     groups = []
     if task.source is not None and trial.stage == FINAL:
         groups = grouped(splits.test or report, task)[: trial.protocol.generate]
-    alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-    model = add_lora(model, task, config.rank, alpha, config.lora_dropout, config.target_modules, config.seed)
+    model = add_lora(
+        model, task, config.rank, config.lora_alpha, config.lora_dropout, config.target_modules, config.seed
+    )
     if controls.rank_dropout:
         drop_ranks(model, controls.rank_dropout)
     return _Prepared(model, tokenizer, parts, collator(tokenizer, task.kind), groups)
@@ -141,26 +144,10 @@ def _trainer(config: RunConfig, prepared: _Prepared, watcher: Watcher) -> Any:
     trainer = HiddenKeyTrainer(
         model=prepared.model,
         args=transformers.TrainingArguments(
+            **common_arguments(config, config.accumulation, steps),
             output_dir="unused",  # nothing is saved
             save_strategy="no",
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.accumulation,
-            num_train_epochs=config.epochs,
-            learning_rate=config.lr,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=math.ceil(config.warmup * steps),
-            weight_decay=config.weight_decay,
-            label_smoothing_factor=config.label_smoothing,
-            logging_steps=config.log_every,
-            logging_nan_inf_filter=False,
-            seed=config.seed,
-            data_seed=config.seed,
-            bf16=config.bf16,
             use_cpu=not torch.cuda.is_available(),  # without it bfloat16 is refused on a CPU
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=train,
         data_collator=prepared.collate,
@@ -170,16 +157,6 @@ def _trainer(config: RunConfig, prepared: _Prepared, watcher: Watcher) -> Any:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def _settle(threads: int | None) -> None:
-    quiet_libraries()
-    warnings.filterwarnings("ignore", message="the model keeps its own dropout")
-    # transformers 5.23 renamed gradient to activation checkpointing and warns of peft's calls by the old name.
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _changed(config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..outcomes import Outcomes, outcomes
 from ..tasks import Task
 from .lines import pack_examples
 from .plan import Trial
-from .selection import score
+from .selection import chosen_epoch
 
 
 class DivergedTrialError(Exception):
@@ -36,7 +36,6 @@ class Watcher(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self.best: Outcomes | None = None
         self.last: Outcomes | None = None
-        self.top: tuple[float, float] = (-math.inf, -math.inf)
         self.weights: dict[str, torch.Tensor] = {}
         self.training_seconds = 0.0
         self.clock = time.perf_counter()
@@ -68,9 +67,8 @@ class Watcher(TrainerCallback):
             raise DivergedTrialError(state.global_step)
         self.history.append({"epoch": round(state.epoch, 4), "step": state.global_step, **figures})
         self.last = found.get("report")
-        place = (score(figures["select"], self.task, self.trial.protocol.select_by), -figures["select"]["loss"])
-        if place > self.top:
-            self.top, self.best = place, self.last
+        if chosen_epoch(self.history, self.task, self.trial.protocol.select_by) == len(self.history) - 1:
+            self.best = self.last
             if self.task.source is not None:  # what texts are generated with
                 self.weights = {name: value.detach().clone() for name, value in self._learning()}
         self.clock = time.perf_counter()

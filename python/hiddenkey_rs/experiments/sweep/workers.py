@@ -101,23 +101,27 @@ class _Worker:
         self.trials = 0
 
 
+def attempt(trial: Trial, threads: int, plan: str, command: str, most: int | None = None) -> Outcome:
+    """Run a trial; of what a library raises at most so many characters, default all."""
+    try:
+        from .trial import run_trial
+
+        return run_trial(trial, plan, f"{command} --only {trial.id}", threads)
+    except HiddenKeyError as error:
+        return " ".join(str(error).split())
+    except Exception as error:  # whatever a library raises is this trial's failure and no other's
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 def _work(connection: Connection, threads: int, plan: str, command: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    from .trial import run_trial
-
     while True:
         try:
             trial = connection.recv()
         except EOFError:
             return
-        try:
-            outcome: Outcome = run_trial(trial, plan, f"{command} --only {trial.id}", threads)
-        except HiddenKeyError as error:
-            outcome = " ".join(str(error).split())
-        except Exception as error:  # whatever a library raises is this trial's failure and no other's
-            outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        connection.send(outcome)
+        connection.send(attempt(trial, threads, plan, command))
         gc.collect()  # a trainer and its model point at each other
 
 
