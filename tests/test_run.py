@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.experiments.interrupts import interruptible
@@ -94,6 +95,13 @@ def test_the_same_command_gives_the_same_figures(files: list[str], tmp_path: Pat
     assert train(files, tmp_path / "d", "--seed", "1") == 0
     assert figures(tmp_path / "a") == figures(tmp_path / "b") == figures(tmp_path / "c")
     assert figures(tmp_path / "a")["dev"] != figures(tmp_path / "d")["dev"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_bfloat16_on_a_cpu(files: list[str], tmp_path: Path) -> None:
+    assert train(files, tmp_path / "a", "--bf16") == 0
+    assert train(files, tmp_path / "b") == 0
+    assert figures(tmp_path / "a")["dev"] != figures(tmp_path / "b")["dev"]
 
 
 def test_resume_after_a_kill_ends_where_the_undisturbed_run_ends(files: list[str], tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ _GONE = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 
 def on_cpus() -> bool:
-    """Whether several processes train on CPUs: accelerate must be told, or each would train by itself."""
+    """Whether training is on CPUs, and accelerate must be told.
+
+    Otherwise several processes would train each by itself, and one would be refused bfloat16.
+    """
     import torch
 
-    return ranks.launched()[1] > 1 and not torch.accelerator.is_available()
+    return not torch.accelerator.is_available()
 
 
 @contextmanager

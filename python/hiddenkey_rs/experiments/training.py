@@ -74,6 +74,7 @@ def common_arguments(config: RunConfig, accumulation: int, steps: int) -> dict[s
         "seed": config.seed,
         "data_seed": config.seed,
         "bf16": config.bf16,
+        "use_cpu": on_cpus(),
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -106,7 +107,6 @@ def make_trainer(
         save_strategy="epoch" if config.save_steps is None else "steps",
         save_steps=config.save_steps or 500,
         save_total_limit=2,
-        use_cpu=on_cpus(),
         # Every pass uses all adapters, unless it leaves out layers by chance.
         ddp_find_unused_parameters=any(getattr(module, "layerdrop", 0) for module in model.modules()),
         **_sharding(config),

@@ -147,7 +147,6 @@ def _trainer(config: RunConfig, prepared: _Prepared, watcher: Watcher) -> Any:
             **common_arguments(config, config.accumulation, steps),
             output_dir="unused",  # nothing is saved
             save_strategy="no",
-            use_cpu=not torch.cuda.is_available(),  # without it bfloat16 is refused on a CPU
         ),
         train_dataset=train,
         data_collator=prepared.collate,
