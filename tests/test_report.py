@@ -13,12 +13,13 @@ import pytest
 import hiddenkey_rs as hk
 from evidence_cases import SEEDS, TEXT, TEXTS, failed, write_study
 from hiddenkey_rs.experiments.evidence import paper
-from hiddenkey_rs.experiments.evidence.comparisons import compare, family, outcome
+from hiddenkey_rs.experiments.evidence.comparisons import compare, family, losses, outcome
+from hiddenkey_rs.experiments.evidence.early_stopping import early_stopping
 from hiddenkey_rs.experiments.evidence.measures import Measure, values
 from hiddenkey_rs.experiments.evidence.paper_tables import methods_of, paper_tables
 from hiddenkey_rs.experiments.evidence.render import markdown
 from hiddenkey_rs.experiments.evidence.runs import cell_commands, costs, curve_points
-from hiddenkey_rs.experiments.evidence.sections import families, outcomes, sections
+from hiddenkey_rs.experiments.evidence.sections import families, outcomes, searched_rates, sections
 from hiddenkey_rs.experiments.evidence.studies import Study, read_studies
 from hiddenkey_rs.experiments.evidence.tables import coverage, detail, overview
 from hiddenkey_rs.experiments.evidence.writing import write_report
@@ -100,6 +101,9 @@ def test_a_comparison_is_made_of_pairs(study: Study) -> None:
 def test_no_gain_is_what_the_first_sentence_says(gain: float, sentence: str, tmp_path: Path) -> None:
     study = study_in(tmp_path, {"hiddenkey": gain})
     assert outcome(study, metric_family(study))[0].endswith(sentence)
+    told = losses(study, family(study, lambda _: Measure("loss", "last")))
+    ends = "on 0 of 2 tasks (corrected p < .05 on 0, and higher on 2)."
+    assert told.endswith(ends) == (gain < 0)
 
 
 def test_ties_show_nothing(tmp_path: Path) -> None:
@@ -163,7 +167,9 @@ def test_a_family_is_open_until_its_runs_have_come_in(tmp_path: Path) -> None:
     text = markdown(detail(study, "mrpc-1000", found))
     assert "] unfinished |" in text
     assert " (8 seeds) |" in markdown(overview(study))
-    assert any(f"hiddenkey sweep {tmp_path}" in str(block) for block in sections(study, [], None)[1].blocks)
+    assert any(
+        f"hiddenkey sweep {tmp_path}" in str(block) for section in sections(study, [], None) for block in section.blocks
+    )
 
 
 def test_an_unfinished_search_is_said(tmp_path: Path) -> None:
@@ -197,27 +203,137 @@ def test_runs_of_a_setting_that_was_not_chosen_count_nowhere(tmp_path: Path) -> 
     assert len(study.finals("mrpc-1000", "hiddenkey")) == 11
     point = next(p for p in curve_points(study, "ranks") if (p["method"], p["value"]) == ("hiddenkey", 4))
     assert point["runs"] == 1
-    assert any(names[0] in str(block) for block in sections(study, [], None)[1].blocks)
+    assert any(names[0] in str(block) for section in sections(study, [], None) for block in section.blocks)
 
 
 def test_a_diverged_run_is_shown_and_leaves_its_pair_out(tmp_path: Path) -> None:
-    diverged, died = "mrpc-1000/hiddenkey/1/103/final", "stsb-500/none/1/104/final"
-
-    def change(line: ResultLine) -> ResultLine:
-        return failed(line) if line.id == diverged else failed(line, None) if line.id == died else line
-
-    study = study_in(tmp_path, {"hiddenkey": 0.03}, change=change)
+    """It is a result: p may be told. But the seeds that a method survived do not make it the better one."""
+    diverged = "mrpc-1000/hiddenkey/1/103/final"
+    study = study_in(tmp_path, {"hiddenkey": 0.03}, change=lambda line: failed(line) if line.id == diverged else line)
     found = metric_family(study)
-    assert [len(entry.seeds) for entry in found] == [11, 11, 11, 12]
+    assert [(len(entry.seeds), entry.settled) for entry in found] == [(11, 12), (11, 12), (12, 12), (12, 12)]
     assert found[0].p == 2 / 2**11
     assert 103 not in found[0].seeds
-    assert outcome(study, found)[-1] == (
-        "Pairs of which a run failed are left out: 1 of hiddenkey − none on mrpc-1000, 1 of hiddenkey − lora-dropout on "
-        "mrpc-1000, 1 of hiddenkey − none on stsb-500."
+    assert [(entry.verdict, entry.diverged) for entry in found] == [
+        *[("withheld: diverged", (1, 0))] * 2,
+        *[("better", (0, 0))] * 2,
+    ]
+    first, *_, last = outcome(study, found)
+    assert first == (
+        "synthetic: 'hiddenkey' is better than 'none' on 1 of 2 tasks and 'lora-dropout' on 1 of 2 tasks, than both on 1."
     )
-    states = " ".join(row[-1] for row in coverage(study).rows)
-    assert f"{diverged} diverged at step 7" in states
-    assert f"{died} failed: out of memory" in states
+    assert last == (
+        "Pairs of which a run diverged are left out: 1 of hiddenkey − none on mrpc-1000, 1 of hiddenkey − lora-dropout on "
+        "mrpc-1000. No verdict where the side that is ahead diverged, however small p is: hiddenkey − none on mrpc-1000, "
+        "hiddenkey − lora-dropout on mrpc-1000."
+    )
+    assert f"{diverged} diverged at step 7" in " ".join(row[-1] for row in coverage(study).rows)
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(0.05, "better"), (-0.05, "withheld: diverged")])
+def test_a_baseline_that_diverged_is_not_ahead_either(gain: float, verdict: str, tmp_path: Path) -> None:
+    diverged = "mrpc-1000/none/1/103/final"
+    study = study_in(tmp_path, {"hiddenkey": gain}, change=lambda line: failed(line) if line.id == diverged else line)
+    assert metric_family(study)[0].verdict == verdict
+
+
+def test_a_crashed_run_is_not_settled(tmp_path: Path) -> None:
+    """The sweep tries it again, so its pair is still to come: no p before that."""
+    died = "stsb-500/none/1/104/final"
+    study = study_in(tmp_path, {"hiddenkey": 0.03}, change=lambda line: failed(line, None) if line.id == died else line)
+    found = metric_family(study)
+    assert [(entry.settled, entry.p is None) for entry in found] == [(12, False), (12, False), (11, True), (12, False)]
+    assert found[2].verdict == "unfinished"
+    assert outcome(study, found)[0].endswith("1 of 4 comparisons lack runs.")
+    assert f"{died} failed: out of memory" in " ".join(row[-1] for row in coverage(study).rows)
+
+
+@pytest.mark.parametrize(("step", "provisional"), [(None, {("stsb-500", "none")}), (7, set())])
+def test_a_crashed_search_is_not_finished(step: int | None, provisional: set[tuple[str, str]], tmp_path: Path) -> None:
+    def change(line: ResultLine) -> ResultLine:
+        return failed(line, step) if line.id == "stsb-500/none/0/0/search" else line
+
+    assert study_in(tmp_path, {}, change=change).provisional == provisional
+
+
+@pytest.mark.parametrize("method", ["hiddenkey", "plain"])
+def test_a_figure_that_lines_lack_is_not_settled(method: str, tmp_path: Path) -> None:
+    study = study_in(
+        tmp_path, {}, TEXTS, lambda line: line if (line.seed, line.method) == (3, method) else _written(line)
+    )
+    entry = compare(study, "e2e", "hiddenkey", "plain", Measure("bleu"))
+    assert (entry.settled, entry.seeds, entry.p) == (2, (1, 2), None)
+
+
+def test_early_stopping_is_a_control(study: Study) -> None:
+    """Runs over-fit: the chosen epoch is the second of three, .02 better than the last, and hiddenkey adds .03 on every one."""
+    table = early_stopping(study)
+    assert table is not None
+    rows = {row[:2]: row for row in table.rows}
+    assert [name for task, name in rows if task == "mrpc-1000"] == [
+        "none, chosen − none, last", "hiddenkey, last − none, chosen", "lora-dropout, last − none, chosen",
+    ]  # fmt: skip
+    runs = {name: [i.line.history for i in study.finals("mrpc-1000", name)] for name in ("none", "hiddenkey")}
+    stopped, whole = ([run[n]["report"] for run in runs["none"]] for n in (1, 2))
+    trained = [run[2]["report"] for run in runs["hiddenkey"]]
+    for name, ours, theirs in (
+        ("none, chosen − none, last", stopped, whole), ("hiddenkey, last − none, chosen", trained, stopped),
+    ):  # fmt: skip
+        row = rows["mrpc-1000", name]
+        assert row[2:4] == ("12", "accuracy")
+        for cell, figure, form, scale in ((row[4], "accuracy", "+.2f", 100), (row[5], "loss", "+.3f", 1)):
+            mean = scale * np.mean([a[figure] - b[figure] for a, b in zip(ours, theirs, strict=True)])
+            assert cell.startswith(f"{mean:{form}} [".replace("-", "−"))
+    assert rows["mrpc-1000", "none, chosen − none, last"][4].startswith("+")
+    named = {section.name: section for section in sections(study, families(study), None)}
+    assert named["early-stopping"].blocks[0] == table
+    last = {entry.key: entry for entry in families(study)}["metric-last"]
+    assert {entry.measure for entry in last.found} == {Measure("accuracy", "last"), Measure("pearson", "last")}
+    assert (
+        last.found[0].difference == compare(study, "mrpc-1000", "hiddenkey", "none", last.found[0].measure).difference
+    )
+    shown = markdown(overview(study, "last"))
+    assert f"| none | {100 * np.mean([entry['accuracy'] for entry in whole]):.2f} ± " in shown
+
+
+def test_early_stopping_needs_plain_lora(tmp_path: Path) -> None:
+    text = re.sub(
+        r"^  (none|low-rank):.*\n", "", TEXT.replace("[none, lora-dropout]", "[lora-dropout]"), flags=re.MULTILINE
+    )
+    text = text.replace("methods: [none, hiddenkey]", "methods: [hiddenkey]")
+    study = study_in(tmp_path, {}, text)
+    assert early_stopping(study) is None
+    assert "early-stopping" not in {section.name for section in sections(study, families(study), None)}
+
+
+def test_who_searched_learning_rates_is_said(study: Study, tmp_path: Path) -> None:
+    said = "Only 'none', 'low-rank' searched their learning rates: the other methods ran at the plan's"
+    assert searched_rates(study).startswith(said)
+    named = {section.name: section for section in sections(study, families(study), None)}
+    assert any(said in str(block) for block in named["run"].blocks)
+    assert any(said in sentence for sentence in outcomes(study, families(study)))
+    everybody = TEXTS.replace("[{rate: 0.05}, {rate: 0.1}]", "[{rate: 0.05}, {rate: 0.1, lr_scale: 2.0}]")
+    assert searched_rates(study_in(tmp_path / "all", {}, everybody)) == ""
+    nobody = TEXTS.replace("[{lr: 1.0e-3}, {lr: 2.0e-3}]", "[{rank: 4}, {rank: 8}]")
+    assert searched_rates(study_in(tmp_path / "none", {}, nobody)) == ""
+    assert "'plain' searched its learning rate" in searched_rates(study_in(tmp_path / "one", {}, TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TEXTS, "on at most 500 selection rows (one half of the development rows)"),
+        (
+            TEXTS.replace("dev,", "dev, select_rows: 100000,"),
+            "on all selection rows (one half of the development rows)",
+        ),
+        (TEXT, "on 20 selection rows (training rows that no subset contains)"),
+    ],
+)
+def test_selection_rows_are_said_as_they_can_be_known(text: str, said: str, tmp_path: Path) -> None:
+    study = study_in(tmp_path, {}, text)
+    named = {section.name: section for section in sections(study, [], None)}
+    assert any(said in str(block) for block in named["run"].blocks)
 
 
 def test_too_few_seeds_are_called_that(tmp_path: Path) -> None:
@@ -244,8 +360,9 @@ def test_tables_say_what_the_lines_say(study: Study) -> None:
     row = next(row for row in detail(study, "mrpc-1000", []).rows if row[0] == "none")
     assert row[:3] == ("none", "lr 0.001", "12")
     losses = [item.line.history[-1] for item in study.finals("mrpc-1000", "none")]
-    assert row[5].startswith(f"{np.mean([e['report']['loss'] for e in losses]):.3f} ± ")
-    assert row[6].startswith(f"{np.mean([e['report']['loss'] - e['train']['loss'] for e in losses]):.3f} ± ")
+    assert row[4].startswith(f"{100 * np.mean([e['report']['accuracy'] for e in losses]):.2f} ± ")
+    assert row[6].startswith(f"{np.mean([e['report']['loss'] for e in losses]):.3f} ± ")
+    assert row[7].startswith(f"{np.mean([e['report']['loss'] - e['train']['loss'] for e in losses]):.3f} ± ")
     assert row[-2] == ""  # no difference to itself
     gap = Measure("accuracy", "last", gap=True)
     item = study.finals("mrpc-1000", "none")[0]
@@ -301,18 +418,68 @@ def test_the_papers_methods_are_found_by_what_they_drop(study: Study, tmp_path: 
 
 
 def test_generated_texts_stand_beside_the_papers(tmp_path: Path) -> None:
-    def texts(line: ResultLine) -> ResultLine:
-        if line.stage == "search":
-            return line
-        history = [{**e, "report": {**e["report"], "bleu": 60.0 + line.seed, "ter": 40.0}} for e in line.history]
-        return dataclasses.replace(line, history=history)
-
-    study = study_in(tmp_path / "with", {}, TEXTS, texts)
+    study = study_in(tmp_path / "with", {}, TEXTS, _written)
     (table,) = paper_tables(study)
     assert table.columns == ("method", "perplexity", "bleu, ours", "bleu, paper", "ter")
     assert [row[2:] for row in table.rows] == [
         ("62.00 (1.00)", "68.5", "40.00 (0.00)"),
         ("62.00 (1.00)", "69.76", "40.00 (0.00)"),
     ]
-    assert paper_tables(study_in(tmp_path / "without", {}, TEXTS)) == []
+    assert "gpt2-tiny, mean" in table.caption
+    assert "for 200 of 630 sources of the test split. The paper's: GPT2-Medium" in table.caption
+    assert "on the whole test split" in table.caption
     assert metric_family(study)[0].measure.lower_is_better
+    bleu = next(entry for entry in families(study) if entry.key == "bleu")
+    assert [(e.method, e.baseline, e.measure, e.seeds) for e in bleu.found] == [
+        ("hiddenkey", "plain", Measure("bleu"), (1, 2, 3))
+    ]
+    assert bleu.found[0].p == 1.0  # all differences are 0
+    without = study_in(tmp_path / "without", {}, TEXTS)
+    assert paper_tables(without) == []
+    assert "bleu" not in {entry.key for entry in families(without)}
+
+
+def _written(line: ResultLine) -> ResultLine:
+    """A final run with the scores of texts."""
+    if line.stage == "search":
+        return line
+    history = [{**e, "report": {**e["report"], "bleu": 60.0 + line.seed, "ter": 40.0}} for e in line.history]
+    return dataclasses.replace(line, history=history, texts={"groups": 200, "of": 630, "split": "test"})
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ({"groups": 630, "of": 630, "split": "test"}, "for 630 sources of the test split."),
+        ({"groups": 200}, "for 200 sources."),
+        ({}, "for an unrecorded number of sources."),
+    ],
+)
+def test_old_lines_say_less_of_their_texts(texts: dict[str, object], said: str, tmp_path: Path) -> None:
+    study = study_in(tmp_path, {}, TEXTS, lambda line: dataclasses.replace(_written(line), texts=texts))
+    assert said in paper_tables(study)[0].caption
+
+
+def test_a_llama_stands_beside_the_papers_llama(tmp_path: Path) -> None:
+    study = study_in(tmp_path, {}, TEXTS.replace("gpt2-tiny", "runs/small-llama"), _written)
+    (table,) = paper_tables(study)
+    assert [row[3] for row in table.rows] == ["66.71", "69.02"]
+    assert "LLaMA2-7B" in table.caption
+    assert "GPT2" not in table.caption
+
+
+def test_the_papers_tables_are_those_the_plan_has_something_of(tmp_path: Path) -> None:
+    """hiddenkey-minus stands in two of them, and alone asks for none; a task the paper lacks gets no empty column."""
+    text = TEXT.replace("dropkey-column", "hiddenkey-minus").replace("task: mrpc", "task: webnlg-category")
+    (table,) = paper_tables(study_in(tmp_path, {}, text))
+    assert table.key == "paper-compensation"
+    assert table.columns == ("method", "mrpc-1000, ours", "stsb-500, ours", "stsb, paper")
+
+
+def test_what_peak_memory_is_of_is_said(study: Study, tmp_path: Path) -> None:
+    assert "Peak memory is that of the process, which runs several trials" in costs(study).caption
+    change: Change = lambda line: dataclasses.replace(line, peak_of="device")  # noqa: E731
+    assert (
+        "Peak memory is what torch had allocated on the GPU in training. Runs"
+        in costs(study_in(tmp_path, {}, TEXTS, change)).caption
+    )

@@ -98,9 +98,17 @@ def test_the_page_stands_alone(report: Path) -> None:
     assert "@import" not in text
     body = text.partition("<h1>")[2]
     assert body.startswith("synthetic: &#x27;hiddenkey&#x27; is better than")
-    # 4 families of differences, 2 curves x 1 task x 2, 2 tasks x 5 methods of losses
-    assert page.counts["img"] == len(list((report / "pictures").iterdir())) == 4 + 4 + 10
-    for heading in ("Trials", "Scores", "mrpc-1000: all figures", "As in the paper: Compensation", "Cost", "Every run"):
+    # 5 families of differences, 2 curves x 1 task x 2, 2 tasks x 5 methods of losses
+    assert page.counts["img"] == len(list((report / "pictures").iterdir())) == 5 + 4 + 10
+    for heading in (
+        "Trials",
+        "Scores",
+        "Stopped early, or trained to the end",
+        "mrpc-1000: all figures",
+        "As in the paper: Compensation",
+        "Cost",
+        "Every run",
+    ):
         assert f"<h3>{heading}</h3>" in text
     assert text.count("--only") >= 152  # every run's command
 
@@ -114,11 +122,17 @@ def test_the_files_beside_the_page(report: Path, study: Study) -> None:
     assert float(row["report_accuracy_chosen"]) == study.found[row["id"]].line.history[1]["report"]["accuracy"]
     assert row["line"] == study.found[row["id"]].place
     compared = list(csv.DictReader((report / "tables" / "comparisons.csv").open()))
-    assert {row["family"] for row in compared} == {"metric", "loss-last", "loss-chosen", "ece"}
+    assert {row["family"] for row in compared} == {"metric", "metric-last", "loss-last", "loss-chosen", "ece"}
     assert float(compared[0]["p"]) == 2 / 2**12
     cells = list(csv.DictReader((report / "tables" / "cells.csv").open()))
-    assert len(cells) == 5 * (5 + 4)  # methods x measures; a regression has no calibration
+    assert len(cells) == 5 * (6 + 5)  # methods x measures; a regression has no calibration
     assert len(list(csv.DictReader((report / "tables" / "epochs.csv").open()))) == 152 * 3
+    stopped = list(csv.DictReader((report / "tables" / "early_stopping.csv").open()))
+    assert len(stopped) == 2 * 3 * 2  # tasks x methods x (metric, loss)
+    assert [stopped[0][name] for name in ("method", "epoch", "baseline", "baseline_epoch", "figure", "pairs")] == [
+        "none", "chosen", "none", "last", "accuracy", "12",
+    ]  # fmt: skip
+    assert float(stopped[0]["low"]) < float(stopped[0]["mean"]) < float(stopped[0]["high"])
     assert len(list(csv.DictReader((report / "tables" / "curves.csv").open()))) == 2 * 3 + 2 * 3
     told = (report / "report.md").read_text()
     for path in re.findall(r"!\[[^\]]*\]\(([^)]*)\)", told):
@@ -145,15 +159,15 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path) -> None:
 def test_parts_of_a_markdown_file_are_written_anew(study: Study, tmp_path: Path) -> None:
     told = [(study.name, sections(study, families(study), None))]
     file = tmp_path / "RESULTS.md"
-    prose = "# Results\n\nMine.\n\n<!-- report outcome -->\nold\n<!-- /report -->\n\nAlso mine.\n"
+    prose = "# Results\n\nMine.\n\n<!-- report outcome -->\nstale\n<!-- /report -->\n\nAlso mine.\n"
     file.write_text(prose + "<!-- report synthetic/tests -->\n<!-- /report -->\nEnd.\n")
     for _ in range(2):  # writing twice changes nothing
         text = filled(file, told)
         assert text.startswith("# Results\n\nMine.\n\n<!-- report outcome -->\n\nsynthetic: 'hiddenkey' is better")
-        assert "old" not in text
+        assert "stale" not in text
         assert "\n<!-- /report -->\n\nAlso mine.\n<!-- report synthetic/tests -->\n" in text
         assert text.endswith("<!-- /report -->\nEnd.\n")
-        assert text.count("| mrpc-1000 | hiddenkey − none | better | 12 |") == 4
+        assert text.count("| mrpc-1000 | hiddenkey − none | better | 12 |") == 5
         file.write_text(text)
     unknown = "\n<!-- report nonsense -->\n<!-- /report -->"
     for bad, message in (

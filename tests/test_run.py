@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -264,6 +265,25 @@ def test_language_modelling_and_regression(tmp_path: Path) -> None:
     assert figures(tmp_path / "number")["dev"].keys() == {"loss", "pearson", "spearman"}
 
 
+def test_a_smaller_training_set_is_the_sweeps_subset(files: list[str], tmp_path: Path) -> None:
+    from hiddenkey_rs.experiments import folder
+    from hiddenkey_rs.experiments.run import load_splits
+    from hiddenkey_rs.experiments.run_config import RunConfig
+    from hiddenkey_rs.experiments.sweep.plan import Protocol
+    from hiddenkey_rs.experiments.sweep.selection import split_rows
+
+    assert train(files, tmp_path / "run", "--train-size", "9", "--seed", "3", "--epochs", "1") == 0
+    config = folder.load_config(tmp_path / "run")
+    assert config.train_size == 9
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["history"][-1]["step"] == 2, "nine rows by eight"
+    for run in (config, RunConfig(task="demo", train_size=9, seed=3)):
+        _, whole = load_splits(dataclasses.replace(run, train_size=None))
+        _, some = load_splits(run)
+        assert some.train == split_rows(whole, 9, Protocol(select_rows=20), seed=3)[0]
+        assert some.train == split_rows(whole, 12, Protocol(select_from="dev"), seed=3)[0][:9]
+        assert (some.dev, some.labels) == (whole.dev, whole.labels)
+
+
 def test_choices_from_a_file_and_overrides(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: gpt2-tiny\nrank: 3\npreset: dropkey-span\nepochs: 1\nmax_steps: 1\n")
     flags = [
@@ -300,6 +320,8 @@ def test_choices_from_a_file_and_overrides(files: list[str], tmp_path: Path) -> 
         (["--text-fields", "premise"], "the text field 'premise' is absent"),
         (["--label-field", "gold"], "the label field 'gold' is absent"),
         (["--kind", "lm"], "needs two text fields"),
+        (["--train-size", "33"], "there are too few training rows (got train_size 33 of 32); lower train_size"),
+        (["--train-size", "0"], "train_size must be a whole number above 0 (got 0)"),
         (["--rank", "0"], "rank must be a whole number above 0 (got 0)"),
         (["--target-modules", "q_proj"], "LoRA does not fit the model"),
         (["--dev-file", "nowhere.jsonl"], "there is no such data file (got 'nowhere.jsonl')"),

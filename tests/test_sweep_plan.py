@@ -11,7 +11,7 @@ import hiddenkey_rs as hk
 from hiddenkey_rs.experiments.data import Splits
 from hiddenkey_rs.experiments.sweep.plan import Protocol
 from hiddenkey_rs.experiments.sweep.reading import load_plan
-from hiddenkey_rs.experiments.sweep.selection import chosen_epoch, score, split_rows
+from hiddenkey_rs.experiments.sweep.selection import chosen_epoch, drawn_sources, score, split_rows
 from hiddenkey_rs.experiments.sweep.watching import is_look
 from hiddenkey_rs.experiments.tasks import TASKS
 
@@ -65,6 +65,24 @@ def test_finals_and_curves_follow_the_winners(tmp_path: Path) -> None:
     assert [trial.config.lora_dropout for trial in curve] == [0.3, 0.4]
 
 
+def test_a_curve_may_vary_the_scale_of_the_learning_rate(tmp_path: Path) -> None:
+    text = PLAN.replace("vary: rate, values: [0.3, 0.4]", "vary: lr_scale, values: [0.5, 2.0]")
+    curve = load_plan(write(tmp_path, text)).along_curves({("small", "dropped"): 1})
+    assert [trial.id for trial in curve] == ["small/dropped/lr_scale=0.5/0/grid", "small/dropped/lr_scale=2/0/grid"]
+    assert curve[1].config.lr == 4 * curve[0].config.lr
+    assert curve[0].config.lora_dropout == 0.2
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(range(6), 2 * 2**-5), (range(7), 2 * 2**-6), (range(1), 1.0)])
+def test_the_smallest_p_of_a_family_is_known_beforehand(seeds: range, least: float, tmp_path: Path) -> None:
+    text = PLAN.replace("final_seeds: [5, 6]", f"final_seeds: {list(seeds)}").replace("final_seeds: 1, ", "")
+    assert load_plan(write(tmp_path, text)).least_p() == least  # one comparison on two tasks
+    fewer = text.replace("rate_field", "final_seeds: 1, rate_field")
+    assert load_plan(write(tmp_path, fewer)).least_p() == 1.0
+    none = text.replace("comparisons: {baselines: [none], against: [dropped]}\n", "")
+    assert load_plan(write(tmp_path, none)).least_p() is None
+
+
 def test_comparisons_are_a_product_and_single_pairs(tmp_path: Path) -> None:
     text = PLAN.replace("against: [dropped]", "against: [dropped, none], pairs: [[stock, dropped], [dropped, none]]")
     plan = load_plan(write(tmp_path, text))
@@ -109,6 +127,15 @@ BAD = [
     ("epochs: 1}", "epoch: 1}", r"unknown key in base 'epoch' .*line 3\); did you mean 'epochs'"),
     ("task: demo, train_size: 30", "task: dmeo", r"unknown task 'dmeo' .*line 5"),
     ("train_size: 30", "train_size: 0", r"train_size is 0 .*line 5"),
+    ("epochs: 1}", "fsdp: true}", r"fsdp has no part in a sweep.*line 3\); leave it out"),
+    ("epochs: 2}", "token_budget: 99}", r"token_budget has no part in a sweep.*line 6"),
+    ("{lr: 2.0e-3}", "{loader: hiddenkey}", r"loader has no part in a sweep.*line 8"),
+    ("vary: rate, values: [0.3, 0.4]", "vary: fsdp, values: [true]", r"fsdp has no part in a sweep.*line 13"),
+    ("epochs: 1}", "train_size: 9}", r"unknown key in base 'train_size' .*line 3"),
+    ("final_seeds: 1", 'final_seeds: "1"', r"final_seeds is '1' \(got .*line 9\); give a whole number from 1 to 2"),
+    ("final_seeds: 1", "final_seeds: -1", r"final_seeds is -1 .*line 9"),
+    ("final_seeds: 1", "final_seeds: 0", r"final_seeds is 0 .*line 9"),
+    ("final_seeds: 1", "final_seeds: 3", r"final_seeds is 3 .*line 9\); .* from 1 to 2, as many as protocol"),
     ("{stock_rate: 0.1}, ", "", r"stock searches 1 settings and none 2 .*line 10.*same budget"),
     ("settings: [{stock_rate: 0.1}, {rank_dropout: 0.2}]", "settings: []", r"a method has no settings .*line 10"),
     ("{lora_dropout: 0.2}", "{lora_dropout: 2}", r"lora_dropout must lie in \[0, 1\) \(got 2 in .*line 9\)"),
@@ -172,6 +199,11 @@ def test_subsets_are_nested_and_share_nothing_with_what_is_chosen_on() -> None:
     with_test = Protocol(select_rows=20, report_test=True)
     assert split_rows(SPLITS, 10, with_test, seed=3)[2] == DEV + TEST
     assert split_rows(Splits(ROWS, DEV, None), 10, with_test, seed=3)[2] == DEV
+    # What results were had with: the rows of a seed are these for good, whatever else a task's rows have in common.
+    known = np.random.default_rng([3, 1]).permutation(100).tolist()
+    fit, choose, _ = split_rows(SPLITS, 10, protocol, seed=3, unit="source")
+    assert [row["n"] for row in fit] == known[:10]
+    assert [row["n"] for row in choose] == known[80:]
     with pytest.raises(hk.DataError, match=r"too few training rows .*got 100, wanted 81 and 20"):
         split_rows(SPLITS, 81, protocol, seed=3)
 
@@ -190,6 +222,24 @@ def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
     assert len(choose) + len(report) == 40
     with_test = Protocol(select_rows=500, select_from="dev", report_test=True)
     assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (again, same + TEST)
+    with pytest.raises(hk.DataError, match=r"too few training rows \(got train_size 101 of 100\); lower train_size"):
+        split_rows(SPLITS, 101, protocol, seed=0)
+
+
+def test_rows_with_a_source_in_common_stay_together() -> None:
+    assert TASKS["webnlg-category"].unit == "source"
+    assert TASKS["webnlg-category"].source is None  # no texts are generated for it
+    assert TASKS["e2e"].unit == TASKS["webnlg"].unit == "source"
+    assert TASKS["mrpc"].unit is None
+
+
+def test_sources_are_drawn_and_not_the_first() -> None:
+    drawn = drawn_sources(range(100), 10)
+    assert drawn == drawn_sources(range(100), 10) == sorted(set(drawn))
+    assert len(drawn) == 10
+    assert max(drawn) > 50
+    assert drawn_sources(range(5), None) == drawn_sources(range(5), 9) == [0, 1, 2, 3, 4]
+    assert drawn_sources(range(5), 0) == []
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ methods:
   hidden: {preset: hiddenkey, settings: [{rate: 0.1}, {rate: 0.2}]}
 """
 
-MEASURED = ("seconds", "seconds_per_step", "examples_per_second", "peak_rss_mb")
+MEASURED = ("seconds", "seconds_per_step", "examples_per_second", "peak_rss_mb", "peak_of")
 
 
 @pytest.fixture

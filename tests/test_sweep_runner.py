@@ -16,14 +16,20 @@ import numpy as np
 import pytest
 
 import hiddenkey_rs as hk
+from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.experiments import generation
 from hiddenkey_rs.experiments.generation import Decoding
-from hiddenkey_rs.experiments.sweep import workers
+from hiddenkey_rs.experiments.memory import PeakMemory
+from hiddenkey_rs.experiments.sweep import runner, workers
+from hiddenkey_rs.experiments.sweep import trial as trials
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
 from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
 from hiddenkey_rs.experiments.sweep.reading import load_plan
+from hiddenkey_rs.experiments.sweep.runner import PLAN as PLAN_FILE
 from hiddenkey_rs.experiments.sweep.runner import RESULTS, Sweep
 from hiddenkey_rs.experiments.sweep.trial import run_trial
+from hiddenkey_rs.experiments.sweep.watching import Watcher
+from hiddenkey_rs.experiments.tasks import TASKS
 
 PLAN = """\
 name: p
@@ -194,6 +200,77 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
         Sweep(plan_in(tmp_path), PLAN, tmp_path / "file")
 
 
+FAMILY = PLAN + "comparisons: {baselines: [none], against: [dropped]}\n"
+
+
+def resumed(tmp_path: Path, text: str) -> Sweep:
+    (tmp_path / "plan.yaml").write_text(text)
+    return Sweep(load_plan(tmp_path / "plan.yaml"), text, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("against: [dropped]", "against: []", r"comparisons stay .*got missing: dropped - none"),
+        ("[none], against", "[none], pairs: [[none, dropped]], against", r"comparisons stay .*got new: none - dropped"),
+        ("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]", r"final_seeds stay .*got new: 7 in .*choose another --out"),
+        ("final_seeds: [5, 6]", "final_seeds: [5]", r"final_seeds stay .*got missing: 6"),
+        ("final_seeds: [5, 6]", "final_seeds: [6, 5]", r"final_seeds stay .*got another order"),
+        ("search_seeds: [0, 1]", "search_seeds: [0, 2]", r"search_seeds stay .*got new: 2 and missing: 1"),
+    ],
+)
+def test_the_family_is_fixed_by_the_first_final_run(old: str, new: str, message: str, tmp_path: Path) -> None:
+    changed = FAMILY.replace(old, new)
+    assert changed != FAMILY
+    resumed(tmp_path, FAMILY).run(lambda: FakePool(better_second), only="small/none/0/0/search")
+    resumed(tmp_path, changed).run(lambda: FakePool(better_second), only="small/none/0/0/search")
+    assert resumed(tmp_path, FAMILY).run(lambda: FakePool(better_second)) == 0
+    with pytest.raises(hk.StateError, match=message):
+        resumed(tmp_path, changed)
+
+
+def test_curves_are_free_and_a_folders_own_plan_fits_it(tmp_path: Path) -> None:
+    resumed(tmp_path, FAMILY).run(lambda: FakePool(better_second))
+    more = FAMILY + "curves:\n  ranks: {vary: rank, values: [2], methods: [none]}\n"
+    pool = FakePool(better_second)
+    assert resumed(tmp_path, more).run(lambda: pool) == 0
+    assert pool.order == ["small/none/rank=2/0/grid"]
+    kept = tmp_path / "out" / PLAN_FILE
+    assert Sweep(load_plan(kept), kept.read_text(), tmp_path / "out").waiting() == []
+    kept.unlink()
+    with pytest.raises(hk.StateError, match=r"has final runs and no plan to compare with .*put the plan back"):
+        resumed(tmp_path, more)
+
+
+def test_the_command_of_a_trial_has_all_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[tuple[int, str]] = []
+
+    def pool(plan: Plan, jobs: int, threads: int, command: str) -> FakePool:
+        commands.append((threads, command))
+        return FakePool(lambda trial: "lost" if "/0/0/" in trial.id else better_second(trial), jobs)
+
+    monkeypatch.setattr(runner, "local_pool", pool)
+    (tmp_path / "plan.yaml").write_text(FAMILY)
+    monkeypatch.chdir(tmp_path)
+    command = ["sweep", "plan.yaml", "--out", "out", "--data", "some data", "--only"]
+    assert main([*command, "small/none/1/0/search", "--threads", "3"]) == 0
+    assert commands == [(3, "hiddenkey sweep plan.yaml --out out --data 'some data' --threads 3")]
+    said = capsys.readouterr().err
+    assert said.count("no comparison of this plan can reach p < .05 (got 0.5 at best") == 1
+    assert main([*command, "small/none/0/0/search", "--retries", "0"]) == 1
+    assert "the trial has no result (got 'small/none/0/0/search': lost)" in capsys.readouterr().err
+    assert commands[1][0] == runner.equal_share(1)
+    assert commands[1][1].endswith(f"--threads {commands[1][0]}")
+
+
+def test_a_plan_with_seeds_enough_gets_no_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plan.yaml").write_text(FAMILY.replace("[5, 6]", "[1, 2, 3, 4, 5, 6]"))
+    assert main(["sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "no comparison" not in capsys.readouterr().err
+
+
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path) -> None:
     def second(trial: Trial) -> ResultLine:
         with pytest.raises(hk.StateError, match="another sweep is running"):
@@ -282,12 +359,74 @@ def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: p
     assert not searched.texts
     final = run_trial(plan.final({("e2e", "none"): 0})[0], plan.digest, "")
     assert final.texts["groups"] == 1
+    assert (final.texts["split"], final.texts["of"]) == ("dev", 2)
     assert final.texts["decoding"]["beams"] == 2
     other = final.history[1 - final.chosen]["report"]
     chosen = final.history[final.chosen]["report"]
     assert chosen["rouge_l"] >= 0
     assert set(chosen) - set(other) == {"bleu", "rouge_l", "cider"} - set(final.texts["absent"])
     assert "CIDEr" in final.texts["absent"]["cider"] or "pycocoevalcap" in final.texts["absent"]["cider"]
+
+
+def test_a_trial_says_how_fast_and_with_how_much_memory_it_trained(tmp_path: Path) -> None:
+    text = PLAN.replace("epochs: 1", "epochs: 2, batch_size: 8, accumulation: 3")
+    (tmp_path / "plan.yaml").write_text(text)
+    found = run_trial(load_plan(tmp_path / "plan.yaml").search()[0], "x", "command")
+    assert found.history[-1]["step"] == 4  # thirty rows are four batches, and those two steps
+    assert found.examples_per_second is not None
+    assert found.seconds_per_step is not None
+    assert found.examples_per_second * found.seconds_per_step * 4 == pytest.approx(60, rel=0.01)
+    here = PeakMemory()
+    here.begin()
+    assert found.peak_of == here.of  # begun anew, where the system can: the process has run other trials
+    assert found.peak_rss_mb is not None
+    assert found.peak_rss_mb > 1
+
+
+def test_a_trial_recomputes_activations_if_asked_to(tmp_path: Path) -> None:
+    for asked in ("true", "false"):
+        text = PLAN.replace("epochs: 1", f"epochs: 1, activation_checkpointing: {asked}")
+        (tmp_path / "plan.yaml").write_text(text)
+        trial = load_plan(tmp_path / "plan.yaml").search()[0]
+        prepared = trials._prepare(trial, TASKS["demo"])
+        watcher = Watcher(trial, TASKS["demo"], prepared.model, prepared.parts, prepared.collate)
+        trials._trainer(trial.config, prepared, watcher).handle.detach()
+        assert prepared.model.is_gradient_checkpointing is (asked == "true")
+
+
+def test_texts_are_generated_for_drawn_sources(tmp_path: Path) -> None:
+    (tmp_path / "E2E").mkdir()
+    for split in ("train", "dev", "test"):
+        rows = [{"source": f"{split} : {n // 2}", "target": f"a place {n}"} for n in range(80)]
+        (tmp_path / "E2E" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = PLAN.replace("task: demo", "task: e2e").replace("select_rows", "select_from: dev, generate: 9, select_rows")
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = load_plan(tmp_path / "plan.yaml", str(tmp_path))
+    first, second = (
+        trials._prepare(trial, TASKS["e2e"])
+        for trial in plan.final({("small", "none"): 0})  # of two seeds
+    )
+    sources = [group.source for group in first.groups]
+    assert sources == [group.source for group in second.groups]
+    assert len(set(sources)) == 9
+    assert sources != [f"test : {n}" for n in range(9)]
+    assert all(len(group.refs) == 2 for group in first.groups)
+    assert first.drawn == {"split": "test", "of": 40}
+
+
+def test_a_trial_never_divides_the_texts_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "WebNLG").mkdir()
+    for split in ("train", "dev"):
+        rows = [{"source": f"{n // 2}", "target": f"{split} {n}", "category": "Food"} for n in range(40)]
+        (tmp_path / "WebNLG" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = PLAN.replace("task: demo", "task: webnlg-category").replace("select_rows", "select_from: dev, select_rows")
+    (tmp_path / "plan.yaml").write_text(text)
+    trial = load_plan(tmp_path / "plan.yaml", str(tmp_path)).final({("small", "none"): 0})[0]
+    monkeypatch.setattr(trials, "tokenise", lambda rows, *_: rows)
+    parts = trials._prepare(trial, TASKS["webnlg-category"]).parts
+    sides = [{row["source"] for row in parts[name]} for name in ("select", "report")]
+    assert all(sides)
+    assert not sides[0] & sides[1]
 
 
 def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

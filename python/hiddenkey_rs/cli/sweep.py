@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HiddenKeyError
+
+if TYPE_CHECKING:
+    from ..experiments.sweep.plan import Plan
+    from ..experiments.sweep.runner import Sweep
 
 
 class UnfinishedError(HiddenKeyError):
@@ -33,14 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Run, and say what came out and what is missing."""
     from ..experiments.sweep.reading import load_plan
-    from ..experiments.sweep.runner import Sweep, local_pool
+    from ..experiments.sweep.runner import Sweep, equal_share, local_pool
 
     for name in ("jobs", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1 (got {value}); leave it out for the default")
     plan = load_plan(options.plan, options.data)
-    command = f"hiddenkey sweep {options.plan} --out {options.out}"
+    _warn_of_few_seeds(plan)
+    threads = options.threads or (1 if options.backend == "ray" else equal_share(options.jobs))
+    command = _command(options, threads)
     sweep = Sweep(plan, Path(options.plan).read_text(encoding="utf-8"), options.out, options.retries)
     if options.dry_run:
         waiting = sweep.waiting(options.only)
@@ -51,21 +60,42 @@ def main(options: argparse.Namespace) -> int:
     if options.backend == "ray":
         from ..experiments.sweep.ray_pool import RayPool
 
-        threads = options.threads or 1
         missing = sweep.run(
             lambda: RayPool(options.jobs, threads, plan.digest, command), options.only, _seconds(options)
         )
     else:
-        missing = sweep.run(
-            lambda: local_pool(plan, options.jobs, options.threads, command), options.only, _seconds(options)
-        )
+        missing = sweep.run(lambda: local_pool(plan, options.jobs, threads, command), options.only, _seconds(options))
     for (task, method), setting in sweep.winners().items():
         print(f"{task}: {method} with {dict(plan.methods[method].settings[setting]) or 'its only setting'}")
     total = len(sweep.trials())
     print(f"{total - missing} of {total} trials done; hiddenkey report {options.out} shows them")
-    if missing and options.only is None:
+    if options.only is not None:
+        _check_only(sweep, options.only)
+    elif missing:
         raise UnfinishedError(f"trials are missing (got {missing} without results); run the same command again")
     return 0
+
+
+def _command(options: argparse.Namespace, threads: int) -> str:
+    """The first words of what runs one of the trials again, ``--only ID`` behind them."""
+    words = ["hiddenkey", "sweep", options.plan, "--out", options.out]
+    words += ["--data", options.data] if options.data is not None else []
+    return shlex.join([*words, "--threads", str(threads)])
+
+
+def _warn_of_few_seeds(plan: Plan) -> None:
+    """No refusal: a plan may be there to try things out, or to show intervals alone."""
+    least = plan.least_p()
+    if least is not None and least >= 0.05:
+        what = f"no comparison of this plan can reach p < .05 (got {least:.2g} at best, after Holm's correction)"
+        print(f"{what}; it takes more final seeds", file=sys.stderr)
+
+
+def _check_only(sweep: Sweep, trial: str) -> None:
+    if not sweep.done(trial):
+        line = sweep.lines.get(trial)
+        reason = "it was not started in time" if line is None else line.error
+        raise UnfinishedError(f"the trial has no result (got {trial!r}: {reason}); run the same command again")
 
 
 def _seconds(options: argparse.Namespace) -> float | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from ..errors import DataError
 from .extras import extra
 from .tasks import Task
@@ -19,6 +21,8 @@ from .tasks import Task
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 _HELD_OUT = 0.1
+_SUBSET = 1
+"""What a permutation is for: part of its seed."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,23 @@ def hold_out(rows: list[Row], seed: int, source: str | Path) -> tuple[list[Row],
         )
     held = set(order[:count])
     return [row for n, row in enumerate(rows) if n not in held], [rows[n] for n in sorted(held)]
+
+
+def subset_order(count: int, seed: int) -> list[int]:
+    """The numbers of ``count`` training rows in the order of this seed: subsets are its beginnings, so they are nested."""
+    order: list[int] = np.random.default_rng([seed, _SUBSET]).permutation(count).tolist()
+    return order
+
+
+def subset(rows: list[Row], size: int | None, seed: int) -> list[Row]:
+    """So many training rows, chosen by the seed; smaller subsets of a seed are contained in its larger ones.
+
+    Raises:
+        DataError: more rows than there are.
+    """
+    if size is not None and size > len(rows):
+        raise DataError(f"there are too few training rows (got train_size {size} of {len(rows)}); lower train_size")
+    return [rows[n] for n in subset_order(len(rows), seed)[:size]]
 
 
 def _open(file: Path) -> IO[str]:

@@ -6,7 +6,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..train import ranks
 from . import folder
-from .data import Splits, file_splits, hub_splits, task_splits
+from .data import Splits, file_splits, hub_splits, subset, task_splits
 from .demo_data import demo_splits
 from .evaluate import evaluate
 from .features import Example, collator, tokenise
@@ -137,7 +137,14 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def load_splits(config: RunConfig) -> tuple[Task, Splits]:
-    """The task and its rows, from whichever source the run names."""
+    """The task and its rows, from whichever source the run names; of the training rows as many as it asks for."""
+    task, splits = _all_rows(config)
+    if config.train_size is not None:
+        splits = replace(splits, train=subset(splits.train, config.train_size, config.seed))
+    return task, splits
+
+
+def _all_rows(config: RunConfig) -> tuple[Task, Splits]:
     if config.task == "demo":
         return TASKS["demo"], demo_splits(seed=0)
     if config.task is not None:

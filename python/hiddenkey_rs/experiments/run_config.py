@@ -45,6 +45,7 @@ class RunConfig(Serialisable):
     kind: str = _choice("classification", "what own data asks for", TASK_KINDS)
     text_fields: tuple[str, ...] = _choice(("sentence1", "sentence2"), "text fields of own data (lm: source target)")
     label_field: str = _choice("label", "label field of own data")
+    train_size: int | None = _choice(None, "so many training rows, drawn by the seed, small subsets in larger ones")
 
     preset: str = _choice("hiddenkey", "what to drop", PRESETS)
     hiddenkey: str | None = _choice(None, "a HiddenKeyConfig file (.json, .yaml) in place of --preset")
@@ -106,7 +107,7 @@ class RunConfig(Serialisable):
                 object.__setattr__(self, item.name, tuple(value))
         for name in ("rank", "epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
             self._positive(name)
-        for name in ("max_steps", "max_length", "dev_rows", "save_steps", "threads", "token_budget"):
+        for name in ("train_size", "max_steps", "max_length", "dev_rows", "save_steps", "threads", "token_budget"):
             if getattr(self, name) is not None:
                 self._positive(name)
         if self.token_budget is not None and self.loader == "stock":

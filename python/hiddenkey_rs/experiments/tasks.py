@@ -15,6 +15,7 @@ class Task:
     ``max_length``: tokens, the default of ``--max-length``. For ``kind="lm"`` the fields are (source, target).
     ``classes``: their names in the rows, in the order of their numbers; without them the rows hold the numbers.
     ``hub``: (name, configuration) in the ``datasets`` library, where the data folder does not hold the task.
+    ``origin``: a field besides ``fields`` that rows with much the same text have in common; see :attr:`unit`.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Task:
     max_length: int = 128
     classes: tuple[str, ...] = ()
     hub: tuple[str, str | None] | None = None
+    origin: str | None = None
 
     @property
     def metric(self) -> str:
@@ -38,6 +40,11 @@ class Task:
     def source(self) -> str | None:
         """The field that a text is generated for, which several rows may have in common."""
         return self.fields[0] if self.kind == "lm" else None
+
+    @property
+    def unit(self) -> str | None:
+        """The field whose rows stay together where held-back rows are divided: else a paraphrase stood on either side."""
+        return self.origin or self.source
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -71,6 +78,7 @@ TASKS = {
             ("accuracy", "f1"),
             label="category",
             classes=_CATEGORIES,
+            origin="source",
         ),
         Task("demo", "", _PAIR, "classification", 2, ("accuracy", "f1"), max_length=64),
     )

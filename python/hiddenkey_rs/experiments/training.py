@@ -82,6 +82,12 @@ def common_arguments(config: RunConfig, accumulation: int, steps: int) -> dict[s
     }
 
 
+def checkpoint_activations(config: RunConfig, model: Any) -> None:
+    """Let the model recompute its activations in backward, if the run asks for it."""
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def make_trainer(
     config: RunConfig,
     spread: Spread,
@@ -111,8 +117,7 @@ def make_trainer(
         ddp_find_unused_parameters=any(getattr(module, "layerdrop", 0) for module in model.modules()),
         **_sharding(config),
     )
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(config, model)
     trainer = HiddenKeyTrainer(
         model=model,
         args=arguments,

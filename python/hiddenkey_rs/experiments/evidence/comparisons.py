@@ -25,14 +25,17 @@ from .studies import Study
 
 ALPHA = 0.05
 BETTER, WORSE, OPEN, UNFINISHED = "better", "worse", "no difference shown", "unfinished"
+WITHHELD = "withheld: diverged"
+"""The side that is ahead diverged on some seeds, so that its lead is that of the seeds it survived."""
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A method against a baseline on one task, by the difference method - baseline of every seed that both have.
 
-    ``planned``: pairs that the plan has; ``settled``: those in which both runs are done or have failed; ``seeds``: those in
-    which both are done. Until all are settled there is no ``p``: a test that is looked at while runs come in is no test.
+    ``planned``: pairs that the plan has; ``settled``: those in which both runs have the figure or diverged; ``seeds``: those
+    in which both have it. Until all are settled there is no ``p``: a test that is looked at while runs come in is no test,
+    and a run that crashed is tried again. ``diverged``: planned runs of (the method, the baseline) that diverged.
     ``corrected``: Holm's over the family. ``needed``: seeds for power .8 at the effect seen, at alpha .05 and at alpha
     divided by the family's size. ``detectable``: the true difference that these seeds find with power .8.
     """
@@ -44,6 +47,7 @@ class Comparison:
     planned: int
     settled: int
     seeds: tuple[int, ...]
+    diverged: tuple[int, int] = (0, 0)
     difference: Interval | None = None
     effect: Interval | None = None
     p: float | None = None
@@ -62,11 +66,13 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` with corrected p < .05, ``no difference shown``, or ``unfinished``."""
+        """``better`` or ``worse`` with corrected p < .05, ``no difference shown``, ``unfinished``, or :data:`WITHHELD`."""
         if self.p is None:
             return UNFINISHED
         if self.corrected is None or self.corrected >= ALPHA:
             return OPEN
+        if self.diverged[0 if self.gain > 0 else 1]:
+            return WITHHELD
         return BETTER if self.gain > 0 else WORSE
 
 
@@ -102,16 +108,23 @@ def compare(study: Study, task: str, method: str, baseline: str, measure: Measur
     )
 
 
-def paired(study: Study, task: str, method: str, baseline: str, measure: Measure) -> tuple[Comparison, Array]:
-    """The pairs of two methods so far, and their differences (pairs,); nothing is tested."""
+def paired(
+    study: Study, task: str, method: str, baseline: str, measure: Measure, against: Measure | None = None
+) -> tuple[Comparison, Array]:
+    """The pairs of two methods so far, and their differences (pairs,); nothing is tested.
+
+    ``against``: what is read off the baseline's runs, if not ``measure`` (the same figure at another epoch).
+    """
     ours, theirs = study.finals(task, method), study.finals(task, baseline)
     planned = min(study.seeds(method), study.seeds(baseline), key=len)
-    settled = {item.line.seed for item in ours} & {item.line.seed for item in theirs} & set(planned)
-    left, right = values(measure, ours), values(measure, theirs)
+    left, right = values(measure, ours), values(against or measure, theirs)
+    lost = [{i.line.seed for i in items if i.diverged} & set(planned) for items in (ours, theirs)]
+    settled = (left.keys() | lost[0]) & (right.keys() | lost[1]) & set(planned)
     seeds = tuple(seed for seed in planned if seed in left and seed in right)
     differences = np.array([left[seed] - right[seed] for seed in seeds])
     interval = mean_interval(differences) if seeds else None
-    return Comparison(task, method, baseline, measure, len(planned), len(settled), seeds, interval), differences
+    counts = len(lost[0]), len(lost[1])
+    return Comparison(task, method, baseline, measure, len(planned), len(settled), seeds, counts, interval), differences
 
 
 def _rows(study: Study, comparison: Comparison) -> Array | None:
@@ -196,7 +209,13 @@ def _left_out(tested: list[Comparison]) -> str:
         for e in tested
         if len(e.seeds) < e.planned
     ]
-    return f"Pairs of which a run failed are left out: {', '.join(short)}." if short else ""
+    if not short:
+        return ""
+    said = f"Pairs of which a run diverged are left out: {', '.join(short)}."
+    withheld = [f"{e.method} − {e.baseline} on {e.task}" for e in tested if e.verdict == WITHHELD]
+    if withheld:
+        said += f" No verdict where the side that is ahead diverged, however small p is: {', '.join(withheld)}."
+    return said
 
 
 def losses(study: Study, found: list[Comparison]) -> str:
@@ -206,8 +225,11 @@ def losses(study: Study, found: list[Comparison]) -> str:
         own = [e for e in found if (e.method, e.baseline) == (method, baseline) and e.verdict != UNFINISHED]
         if own:
             lower, sure = sum(entry.gain > 0 for entry in own), sum(entry.verdict == BETTER for entry in own)
+            against = sum(entry.verdict == WORSE for entry in own)
             of = f"{lower} of {_count(len(own), 'task')}"
-            said.append(f"'{method}' ends lower than '{baseline}' on {of} (corrected p < .05 on {sure})")
+            said.append(
+                f"'{method}' ends lower than '{baseline}' on {of} (corrected p < .05 on {sure}, and higher on {against})"
+            )
     return f"{study.name}, loss of the reported rows at the last epoch: {'; '.join(said)}." if said else ""
 
 

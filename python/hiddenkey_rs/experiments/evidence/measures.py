@@ -97,9 +97,10 @@ def at(line: ResultLine, when: str) -> Mapping[str, Any]:
 
 
 def measures(task: Task) -> list[Measure]:
-    """What is reported of a task: its metric, the loss, over-fitting, and of classes their calibration."""
+    """What is reported of a task: metric and loss with and without early stopping, over-fitting, of classes calibration."""
     found = [
         Measure(task.metric),
+        Measure(task.metric, "last"),
         Measure("loss"),
         Measure("loss", "last"),
         Measure("loss", "last", gap=True),

@@ -27,15 +27,15 @@ nav { font-size: .92rem; margin: 1rem 0; display: flex; flex-wrap: wrap; gap: .3
 a { color: var(--link); }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--line); border-radius: 4px; max-width: max-content; }
 .scroll:focus { outline: 2px solid var(--link); }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .5rem; text-align: right; vertical-align: top; border-top: 1px solid var(--line); }
 td { white-space: nowrap; }
-thead th { vertical-align: bottom; background: var(--band); font-weight: 600; min-width: 4.6rem; }
+thead th { vertical-align: bottom; background: var(--band); font-weight: 600; min-width: 4.2rem; }
 th.words, td.words { text-align: left; }
 th[scope=row], thead th:first-child { position: sticky; left: 0; text-align: left; background: var(--ground); font-weight: 600;
   white-space: nowrap; box-shadow: 1px 0 0 var(--line); }
 thead th:first-child { background: var(--band); }
-tbody tr:last-child > * { border-bottom: 0; }
+thead th { border-top: 0; }
 tbody tr:hover > * { background: var(--band); }
 td.words { white-space: normal; min-width: 7rem; max-width: 44rem; }
 td span { display: block; color: var(--soft); }

@@ -108,6 +108,16 @@ def score(method: str, task: str, model: str = "") -> tuple[float, float | None]
     return None if value is None else (value, None)
 
 
+def texts(method: str, task: str, model: str = "") -> Mapping[str, float]:
+    """The paper's metrics of generated texts: LLaMA2-7B's for a LLaMA, else GPT2-Medium's; empty where it has none.
+
+    Example:
+        >>> texts("hiddenkey", "e2e", model="some/Llama-2-7b")
+        {'bleu': 69.02}
+    """
+    return TEXTS.get(method, {}).get(f"{task} (LLaMA2-7B)" if "llama" in model.lower() else task, {})
+
+
 def name_of(config: HiddenKeyConfig) -> str | None:
     """The preset that drops in the same places as a config, whatever its rates; the paper's rows go by these names."""
     return _PLACES.get(_places(config))

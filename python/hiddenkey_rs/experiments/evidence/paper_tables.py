@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..sweep.plan import SEARCH, Plan
 from . import paper
 from .measures import Measure, at, values
 from .render import NONE, Table
-from .studies import Study
+from .studies import Found, Study
 from .tables import spread_text
 
 _OTHER_KINDS = ("rank", "weight_decay", "epochs", "lora_dropout", "stock_rate", "rank_dropout")
 """What makes a method of the plan a control and none of the paper's."""
+
+
+_SHARED = ("none", "hiddenkey-minus")
+"""What several of the paper's tables measure their own methods by."""
 
 
 def methods_of(plan: Plan) -> dict[str, str]:
@@ -26,11 +33,11 @@ def methods_of(plan: Plan) -> dict[str, str]:
 
 
 def paper_tables(study: Study) -> list[Table]:
-    """Those of the paper's tables of which the plan has a method besides the baseline, and one of generated texts."""
+    """Those of the paper's tables of which the plan has a method that is none of another's, and those of generated texts."""
     held, found = methods_of(study.plan), []
     tasks = [task for task in study.plan.tasks if study.plan.task_of(task).kind != "lm"]
     for layout in paper.LAYOUTS if tasks else ():
-        if any(name in held for name in layout.methods if name != "none"):
+        if any(name in held for name in layout.methods if name not in _SHARED):
             found.append(_scores(study, layout, tasks, held))
     texts = [_texts(study, task, held) for task in study.plan.tasks if study.plan.task_of(task).kind == "lm"]
     return found + [table for table in texts if table is not None]
@@ -39,8 +46,10 @@ def paper_tables(study: Study) -> list[Table]:
 def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> Table:
     model = str(study.plan.base.get("model", "minilm"))
     columns, rows = ["method"], []
+    names = {task: study.plan.task_of(task).name for task in tasks}
+    known = {task for task in tasks if any(paper.score(method, names[task], model) for method in layout.methods)}
     for task in tasks:
-        columns += [f"{task}, ours", f"{study.plan.task_of(task).name}, paper"]
+        columns += [f"{task}, ours", *([f"{names[task]}, paper"] if task in known else [])]
     for name in layout.methods:
         if name not in held:
             continue
@@ -48,7 +57,8 @@ def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str
         for task in tasks:
             measure = Measure(study.plan.task_of(task).metric)
             cells.append(spread_text(measure, values(measure, study.finals(task, held[name]))))
-            cells.append(_printed(paper.score(name, study.plan.task_of(task).name, model)))
+            if task in known:
+                cells.append(_printed(paper.score(name, names[task], model)))
         rows.append((name if name == held[name] else f"{name} ({held[name]})", *cells))
     theirs = "LLaMA2-7B" if "llama" in model.lower() else "RoBERTa-large"
     caption = (
@@ -72,9 +82,8 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
     names = [name for name in figures if name not in ("loss", "token_accuracy")]
     if not set(names) - {"perplexity"}:
         return None
-    theirs = {
-        method: paper.TEXTS.get(known, {}).get(study.plan.task_of(task).name, {}) for known, method in held.items()
-    }
+    model = str(study.plan.base.get("model", "minilm"))
+    theirs = {method: paper.texts(known, study.plan.task_of(task).name, model) for known, method in held.items()}
     columns, rows = ["method"], []
     for name in names:
         columns += [f"{name}, ours", f"{name}, paper"] if any(name in entry for entry in theirs.values()) else [name]
@@ -88,7 +97,22 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
                 cells.append(NONE if value is None else f"{value:g}")
         rows.append((method, *cells))
     caption = (
-        "Ours: mean (standard deviation) over final seeds, of texts generated at the chosen epoch. The paper's: GPT2-Medium, "
-        "mean of 3 seeds; its ROUGE-L is the challenge's script's."
+        f"Ours: {model}, mean (standard deviation) over final seeds, of texts generated at the chosen epoch for "
+        f"{_sources([item for items in runs.values() for item in items])}. The paper's: "
+        f"{'LLaMA2-7B' if 'llama' in model.lower() else 'GPT2-Medium'}, mean of 3 seeds, on the whole test split; its ROUGE-L "
+        "is the challenge's script's."
     )
     return Table(f"paper-{task}", f"As in the paper: {task}, generated texts", caption, tuple(columns), tuple(rows))
+
+
+def _sources(runs: list[Found]) -> str:
+    """What texts were generated for, as far as lines say it: ``200 of 1862 sources of the test split``."""
+    return " or ".join(dict.fromkeys(_drawn(item.line.texts) for item in runs)) or "no sources"
+
+
+def _drawn(texts: Mapping[str, Any]) -> str:
+    if "groups" not in texts:
+        return "an unrecorded number of sources"
+    of = f" of {texts['of']}" if texts.get("of", texts["groups"]) != texts["groups"] else ""
+    split = f" of the {texts['split']} split" if texts.get("split") else ""
+    return f"{texts['groups']}{of} sources{split}"

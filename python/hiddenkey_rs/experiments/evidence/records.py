@@ -11,6 +11,7 @@ from typing import Any
 
 from ..statistics import mean_interval
 from .comparisons import Comparison
+from .early_stopping import stops
 from .measures import at, measures, values
 from .runs import curve_points
 from .studies import Study
@@ -79,6 +80,7 @@ def comparisons(families: Iterable[tuple[Study, str, Sequence[Comparison]]]) -> 
             row: dict[str, Any] = {"study": study.name, "family": name, "task": entry.task, "method": entry.method}
             row |= {"baseline": entry.baseline, "measure": entry.measure.key, "verdict": entry.verdict}
             row |= {"pairs": len(entry.seeds), "planned": entry.planned, "p": entry.p, "p_holm": entry.corrected}
+            row |= {"diverged": entry.diverged[0], "baseline_diverged": entry.diverged[1]}
             for label, band in (("mean", entry.difference), ("g", entry.effect), ("bootstrap", entry.resampled)):
                 if band is not None:
                     row |= {label: band.estimate, f"{label}_low": band.low, f"{label}_high": band.high}
@@ -86,6 +88,19 @@ def comparisons(families: Iterable[tuple[Study, str, Sequence[Comparison]]]) -> 
             row["bootstrap_over"] = "seeds and rows" if entry.with_rows else "seeds"
             row |= {"seeds_needed": entry.needed[0], "seeds_needed_family_alpha": entry.needed[1]}
             yield row | {"detectable": entry.detectable}
+
+
+def early_stopping(studies: Sequence[Study]) -> Iterator[Row]:
+    """Every difference between epochs, of the metric and of the loss."""
+    for study in studies:
+        for entry in (entry for found in stops(study) for entry in found.values()):
+            row: dict[str, Any] = {"study": study.name, "task": entry.task, "method": entry.method}
+            other = "last" if entry.measure.when == "chosen" else "chosen"
+            row |= {"epoch": entry.measure.when, "baseline": entry.baseline, "baseline_epoch": other}
+            row |= {"figure": entry.measure.name, "pairs": len(entry.seeds), "planned": entry.planned}
+            if (band := entry.difference) is not None:
+                row |= {"mean": band.estimate, "low": band.low, "high": band.high}
+            yield row
 
 
 def curves(studies: Sequence[Study]) -> Iterator[Row]:

@@ -11,17 +11,25 @@ from .measures import Measure, values
 from .render import NONE, Table
 from .studies import Found, Study
 
+_PEAKS = {
+    "device": "what torch had allocated on the GPU in training",
+    "training": "that of the process in training",
+    "process": "that of the process, which runs several trials one after the other: an upper bound",
+}
+"""What a line's ``peak_of`` means; the old ones without are of the process."""
+
 
 def costs(study: Study) -> Table:
     """Time and memory of every method on every task."""
-    rows = []
+    rows, peaks = [], set[str]()
     for task in study.plan.tasks:
         held = {method: _timed(study, task, method) for method in study.plan.methods}
         first = (*study.plan.baselines, *study.plan.methods)[0]
         base = _median(held[first], "seconds_per_step")
         for method, runs in held.items():
             step = _median(runs, "seconds_per_step")
-            memory = max((item.line.peak_rss_mb or 0.0 for item in runs), default=0.0)
+            peaks |= {item.line.peak_of or "process" for item in runs if item.line.peak_rss_mb}
+            peak = max((item.line.peak_rss_mb or 0.0 for item in runs), default=0.0)
             rows.append(
                 (
                     task,
@@ -29,15 +37,16 @@ def costs(study: Study) -> Table:
                     NONE if step is None else f"{step:.4g}",
                     NONE if step is None or not base else f"{step / base:.2f}",
                     _number(_median(runs, "examples_per_second"), ".0f"),
-                    f"{memory:.0f}" if memory else NONE,
+                    f"{peak:.0f}" if peak else NONE,
                     _number(_median(runs, "seconds"), ".0f"),
                     str(len(runs)),
                 )
             )
     columns = ("task", "method", "seconds a step", f"times {first}", "examples/s", "peak MB", "seconds a run", "runs")
+    memory = ", or ".join(text for kind, text in _PEAKS.items() if kind in peaks)
     caption = (
-        "Medians over runs (final ones, else those of the search), evaluation left out of a step. Peak memory is that of the "
-        "process, which runs several trials one after the other: an upper bound. Runs that shared a machine disturbed each "
+        "Medians over runs (final ones, else those of the search), evaluation left out of a step. Peak memory is "
+        f"{memory or 'not known'}. Runs that shared a machine disturbed each "
         "other's times."
     )
     return Table("costs", "Cost", caption, columns, tuple(rows))

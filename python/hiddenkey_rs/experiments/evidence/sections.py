@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..sweep.plan import CURVE, FINAL, SEARCH
+from ..sweep.plan import CURVE, FINAL, SEARCH, Protocol
 from ..tasks import Task
 from .comparisons import Comparison, family, losses, outcome
-from .measures import Measure
+from .early_stopping import early_stopping
+from .measures import Measure, at
 from .paper_tables import paper_tables
 from .pictures import Pictures
 from .render import Picture, Table
@@ -16,6 +17,8 @@ from .runs import cell_commands, costs, curve_table, run_commands
 from .studies import Study
 from .tables import coverage, detail, overview, rows_of, setting_text, tests
 
+_ALL = 100_000
+"""Selection rows beyond any task's: what a plan writes for no limit."""
 Block = str | Table | tuple[Picture, ...]
 
 
@@ -57,6 +60,12 @@ _KINDS: tuple[tuple[str, str, str, Callable[[Task], Measure | None]], ...] = (
         "The family that the plan fixed beforehand.",
         lambda t: Measure(t.metric),
     ),
+    (
+        "metric-last",
+        "The metric, at the last epoch",
+        f"What training without early stopping would have kept. {_SECOND}",
+        lambda t: Measure(t.metric, "last"),
+    ),
     ("loss-last", "Loss at the last epoch", _SECOND, lambda _: Measure("loss", "last")),
     ("loss-chosen", "Loss at the chosen epoch", _SECOND, lambda _: Measure("loss")),
     (
@@ -71,12 +80,16 @@ _KINDS: tuple[tuple[str, str, str, Callable[[Task], Measure | None]], ...] = (
 def families(study: Study) -> list[Family]:
     """The plan's comparisons on the metric, which is the claim, and on losses and calibration, which explain it."""
     every = [Family(key, title, caption, family(study, of)) for key, title, caption, of in _KINDS]
+    written = {i.line.dataset for i in study.stage(FINAL) if i.done and "bleu" in at(i.line, "chosen")["report"]}
+    bleu = family(study, lambda task: Measure("bleu") if task.name in written else None)
+    every.append(Family("bleu", "BLEU of texts generated at the chosen epoch", _SECOND, bleu))
     return [entry for entry in every if entry.found]
 
 
 def sections(study: Study, tested: list[Family], pictures: Pictures | None) -> list[Section]:
     """A study's sections. Without ``pictures`` none are drawn."""
     first = tested[0].found if tested else []
+    stopped = early_stopping(study)
     tables = [detail(study, task, first) for task in study.plan.tasks]
     tests_ = [tests(study, f"tests-{entry.key}", entry.title, entry.caption, entry.found) for entry in tested]
     curves: list[Block] = []
@@ -85,13 +98,14 @@ def sections(study: Study, tested: list[Family], pictures: Pictures | None) -> l
             curves += [*([tuple(pictures.curve(key))] if pictures else []), curve_table(study, key)]
     found = [
         Section("outcome", "What came out", tuple(outcomes(study, tested))),
-        Section("run", "What was run", (*_state(study), coverage(study), rows_of(study), *_protocol(study))),
         Section("main", "Methods and tasks", (overview(study), *tables)),
+        Section("early-stopping", "Early stopping", (stopped, overview(study, "last")) if stopped else ()),
         Section("tests", "Comparisons", (*_forests(pictures, tested), *([_READING] if tests_ else []), *tests_)),
         Section("paper", "Beside the paper", tuple(paper_tables(study))),
         Section("curves", "Curves", (_CURVES, *curves) if curves else ()),
         Section("losses", "Loss by epoch", _losses(study, pictures)),
         Section("costs", "Cost", (costs(study),)),
+        Section("run", "What was run", (*_state(study), coverage(study), rows_of(study), *_protocol(study))),
         Section("commands", "Commands", (cell_commands(study), run_commands(study))),
     ]
     return [section for section in found if any(section.blocks)]
@@ -100,12 +114,32 @@ def sections(study: Study, tested: list[Family], pictures: Pictures | None) -> l
 def outcomes(study: Study, tested: list[Family]) -> list[str]:
     """The outcome in sentences: the family's, then the last loss', then what is missing."""
     by_key = {entry.key: entry.found for entry in tested}
-    said = [*outcome(study, by_key.get("metric", [])), losses(study, by_key.get("loss-last", []))]
+    said = [
+        *outcome(study, by_key.get("metric", [])),
+        searched_rates(study) if tested else "",
+        losses(study, by_key.get("loss-last", [])),
+    ]
     missing = [len(study.missing[stage]) for stage in (SEARCH, FINAL, CURVE)]
     if any(missing):
         total = sum(len(study.expected[stage]) for stage in (SEARCH, FINAL, CURVE))
         said.append(f"{study.name} is unfinished: {sum(missing)} of {total} trials are missing, see the table below.")
     return [sentence for sentence in said if sentence]
+
+
+def searched_rates(study: Study) -> str:
+    """That only some methods searched learning rates, which the differences to the others hold as well; empty if all or none."""
+    searched = [
+        method
+        for method, entry in study.plan.methods.items()
+        if len({(setting.get("lr"), setting.get("lr_scale", 1.0)) for setting in entry.settings}) > 1
+    ]
+    if len(searched) in (0, len(study.plan.methods)):
+        return ""
+    names = ", ".join(f"'{method}'" for method in searched)
+    return (
+        f"Only {names} searched {'its learning rate' if len(searched) == 1 else 'their learning rates'}: the other methods ran "
+        "at the plan's, so that a difference between the two says something of learning rates, too."
+    )
 
 
 def _state(study: Study) -> list[str]:
@@ -139,13 +173,21 @@ def _protocol(study: Study) -> list[str]:
     )
     return [
         f"Protocol: every method searches {settings} settings on seeds {_list(protocol.search_seeds)}; the best mean by {by} on "
-        f"{protocol.select_rows} selection rows ({source}) is run on seeds {_list(protocol.final_seeds)}. A seed decides "
+        f"{_selection(protocol)} ({source}) is run on seeds {_list(protocol.final_seeds)}. A seed decides "
         f"training subset, order and initial weights, the same for all methods. Rows held back are looked at {looks}; "
-        f"the epoch is chosen on the selection rows. Reported are {rest}, which choose nothing and which a search does not see.",
+        f"the epoch is chosen on the selection rows. Reported are {rest}, which choose nothing and which a search does not see."
+        f"{' ' if (rates := searched_rates(study)) else ''}{rates}",
         f"All runs start from: {setting_text(base)}.",
         f"Run with {', '.join(versions) or 'unknown versions'} on {'; '.join(machines) or 'an unknown machine'}; commit "
         f"{', '.join(commits)}. Plan {plan.name}, digest {plan.digest}.",
     ]
+
+
+def _selection(protocol: Protocol) -> str:
+    """How many rows choose: of training rows exactly so many (else a run is refused), of half the development rows at most."""
+    if protocol.select_from != "dev":
+        return f"{protocol.select_rows} selection rows"
+    return "all selection rows" if protocol.select_rows >= _ALL else f"at most {protocol.select_rows} selection rows"
 
 
 def _forests(pictures: Pictures | None, tested: list[Family]) -> list[Block]:

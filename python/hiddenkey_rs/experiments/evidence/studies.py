@@ -33,6 +33,11 @@ class Found:
         """Whether the trial ran to its end."""
         return self.line.status == "done"
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss became NaN: a result, too. Any other failure has no step, and the sweep tries it again."""
+        return not self.done and self.line.step is not None
+
 
 @dataclass(frozen=True)
 class Study:
@@ -208,7 +213,8 @@ def _study(plan: Plan, parts: Iterable[tuple[str, dict[str, Found]]]) -> Study:
     tasks = {key: plan.task_of(key) for key in plan.tasks}
     wanted = len(next(iter(plan.methods.values())).settings) * len(plan.protocol.search_seeds)
     searched = {name for _, name in study.expected[SEARCH]}
-    lines = [item.line for name, item in found.items() if name in searched]
+    # a search of which a run crashed is not finished: the sweep tries it again, and the setting may still change
+    lines = [item.line for name, item in found.items() if name in searched and (item.done or item.diverged)]
     chosen = dict(winners(lines, wanted, tasks, plan.protocol.select_by))
     counts: dict[Cell, Counter[int]] = {}
     for item in study.stage(FINAL):

@@ -43,16 +43,19 @@ def _failure(item: Found) -> str:
     return f"{line.id} failed: {line.error}" if line.step is None else f"{line.id} diverged at step {line.step}"
 
 
-def overview(study: Study) -> Table:
-    """Methods x tasks: the metric at the chosen epoch."""
+def overview(study: Study, when: str = "chosen") -> Table:
+    """Methods x tasks: the metric at the chosen epoch, or at the last."""
     rows = []
     for method in study.plan.methods:
         cells = []
         for task in study.plan.tasks:
-            measure = Measure(study.plan.task_of(task).metric)
+            measure = Measure(study.plan.task_of(task).metric, when)
             cells.append(_mean(measure, values(measure, study.finals(task, method)), len(study.seeds(method))))
         rows.append((method, *cells))
     heads = [f"{task}: {study.plan.task_of(task).metric}" for task in study.plan.tasks]
+    if when == "last":
+        caption = "As the table of scores, at the last epoch: what training without early stopping would have kept."
+        return Table("overview-last", "Scores at the last epoch", caption, ("method", *heads), tuple(rows))
     caption = (
         "Mean over final seeds ± half of Student's 95 % interval, on the reported rows, at the epoch that the selection rows "
         "chose; in brackets the seeds where runs are missing. The interval tells how much runs differ; methods are compared "
@@ -112,7 +115,6 @@ def tests(study: Study, key: str, title: str, caption: str, family: list[Compari
     rows = []
     for entry in family:
         measure = entry.measure
-        pairs = str(entry.planned) if len(entry.seeds) == entry.planned else f"{len(entry.seeds)} of {entry.planned}"
         size, drawn = entry.effect, entry.resampled
         sized = NONE if size is None or math.isnan(size.estimate) else _interval(size.estimate, size.low, size.high)
         resampled = NONE
@@ -124,7 +126,7 @@ def tests(study: Study, key: str, title: str, caption: str, family: list[Compari
                 entry.task,
                 f"{entry.method} − {entry.baseline}",
                 entry.verdict,
-                pairs,
+                pairs_text(entry),
                 NONE if entry.difference is None else measure.interval(entry.difference, signed=True),
                 p_text(entry.p),
                 p_text(entry.corrected),
@@ -182,6 +184,11 @@ def p_text(p: float | None) -> str:
         ('0.031', '<0.001', '–')
     """
     return NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def pairs_text(entry: Comparison) -> str:
+    """Pairs at hand, and where some are missing or diverged those planned."""
+    return str(entry.planned) if len(entry.seeds) == entry.planned else f"{len(entry.seeds)} of {entry.planned}"
 
 
 def seeds_text(entry: Comparison) -> str:

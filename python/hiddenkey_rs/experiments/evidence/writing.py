@@ -68,6 +68,7 @@ def _write_folder(out: Path, studies: list[Study], tested: Mapping[str, list[Fam
         records.write_csv(folder / "epochs.csv", records.epochs(studies))
         records.write_csv(folder / "cells.csv", records.cells(studies))
         records.write_csv(folder / "comparisons.csv", records.comparisons(held))
+        records.write_csv(folder / "early_stopping.csv", records.early_stopping(studies))
         records.write_csv(folder / "curves.csv", records.curves(studies))
 
     replace_folder(out / PICTURES, draw_all)

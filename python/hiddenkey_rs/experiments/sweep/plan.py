@@ -153,6 +153,17 @@ class Plan:
             for value in curve.values
         ]
 
+    def least_p(self) -> float | None:
+        """The smallest p that a comparison of this plan can reach, after Holm, whatever comes out; None without any.
+
+        That of n seeds' sign flips is 2^(1-n), and the smallest of a family is multiplied by its size.
+        """
+        seeds = [min(self._pairs(method), self._pairs(baseline)) for method, baseline in self.comparisons]
+        return min(1.0, len(seeds) * len(self.tasks) * 2.0 ** (1 - max(seeds))) if seeds else None
+
+    def _pairs(self, method: str) -> int:
+        return len(self.protocol.final_seeds[: self.methods[method].final_seeds])
+
     def task_of(self, key: str) -> Task:
         """The task behind a key of ``tasks``."""
         return TASKS[self.tasks[key]["task"]]

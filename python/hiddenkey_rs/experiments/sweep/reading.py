@@ -21,8 +21,13 @@ _TOP = ("name", "protocol", "base", "tasks", "methods", "comparisons", "curves")
 _CURVE = ("vary", "values", "methods", "tasks", "seeds")
 _METHOD = ("settings", "rate_field", "final_seeds")
 # What a run knows and a plan decides by itself, or that changes no result.
-_OWN = ("task", "data", "train_file", "dev_file", "test_file", "dataset", "dataset_config", "seed", "out", "threads")
+_OWN = (
+    *("task", "data", "train_file", "dev_file", "test_file", "dataset", "dataset_config", "kind", "text_fields"),
+    *("label_field", "train_size", "seed", "out", "threads"),
+)
 _QUIET = ("log_masks", "save_steps", "max_steps", "log_every", "dev_rows")
+# What a trial, a single process with batches of rows, would leave undone: refused, as nobody would notice.
+_UNDONE = ("fsdp", "token_budget", "loader")
 
 
 def load_plan(path: str | Path, data: str | None = None) -> Plan:
@@ -51,7 +56,7 @@ class _Reader:
         self._run_fields(("base",))
         tasks = {key: self._task(("tasks", key)) for key in self._mapping(("tasks",))}
         self._selection_fits(protocol, tasks)
-        methods = {key: self._method(("methods", key)) for key in self._mapping(("methods",))}
+        methods = {key: self._method(("methods", key), protocol) for key in self._mapping(("methods",))}
         self._equal_budgets(methods)
         baselines, comparisons = self._comparisons(methods)
         curves = {key: self._curve(("curves", key), methods, tasks) for key in self._mapping(("curves",))}
@@ -123,9 +128,16 @@ class _Reader:
         return tuple(value)
 
     def _run_fields(self, place: Place, also: tuple[str, ...] = ()) -> dict[str, Any]:
-        names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET)
+        names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET + _UNDONE)
         names += (*(f.name for f in fields(Controls)), "lr_scale", *also)
+        for key in self._mapping(place):
+            self._check_done((*place, key), key)
         return dict(self._mapping(place, names))
+
+    def _check_done(self, place: Place, field: str) -> None:
+        if field in _UNDONE:
+            what = f"{field} has no part in a sweep, whose trials take batches of rows on one process"
+            raise self.source.error(place, what, "leave it out, or use hiddenkey train")
 
     def _task(self, place: Place) -> dict[str, Any]:
         found = self._run_fields(place, ("task", "train_size"))
@@ -138,17 +150,21 @@ class _Reader:
             raise self.source.error((*place, "train_size"), f"train_size is {size!r}", "give a number of rows")
         return found
 
-    def _method(self, place: Place) -> Method:
+    def _method(self, place: Place, protocol: Protocol) -> Method:
         found = self._run_fields(place, _METHOD)
         settings = found.pop("settings", [{}])
         if not isinstance(settings, list) or not settings:
             raise self.source.error((*place, "settings"), "a method has no settings", "write a list, [{}] for one")
         for number in range(len(settings)):
             self._run_fields((*place, "settings", number))
+        seeds, most = found.pop("final_seeds", None), len(protocol.final_seeds)
+        if seeds is not None and (type(seeds) is not int or not 1 <= seeds <= most):
+            mend = f"give a whole number from 1 to {most}, as many as protocol.final_seeds has"
+            raise self.source.error((*place, "final_seeds"), f"final_seeds is {seeds!r}", mend)
         return Method(
             common=found,
             rate_field=found.pop("rate_field", "rate"),
-            final_seeds=found.pop("final_seeds", None),
+            final_seeds=seeds,
             settings=tuple(setting or {} for setting in settings),
         )
 
@@ -189,6 +205,7 @@ class _Reader:
         found = self._mapping(place, _CURVE)
         if "vary" not in found or not isinstance(found.get("values"), list) or not found["values"]:
             raise self.source.error(place, "a curve varies nothing", "give vary: FIELD and values: [...]")
+        self._check_done((*place, "vary"), str(found["vary"]))
         return Curve(
             vary=str(found["vary"]),
             values=tuple(found["values"]),

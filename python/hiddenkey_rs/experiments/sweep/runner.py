@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from typing import Protocol as Interface
 
 from ...errors import StateError
 from ..folder import write_text
 from .lines import ResultLine, append_line, read_lines
-from .plan import Plan, Trial
+from .plan import FINAL, Plan, Trial
+from .reading import load_plan
 from .selection import winners
 from .workers import Outcome, Workers
 
@@ -44,7 +46,8 @@ class Sweep:
             is tried again; a loss that became NaN is not, it would again.
 
     Raises:
-        StateError: the folder holds another plan's results, or something else.
+        StateError: the folder holds another plan's results, or something else; or final runs of this plan when it had
+            other comparisons or seeds.
     """
 
     def __init__(self, plan: Plan, text: str, out: str | Path, retries: int = 1) -> None:
@@ -52,6 +55,7 @@ class Sweep:
         self._check()
         lines = read_lines(self.out / RESULTS) if (self.out / RESULTS).is_file() else []
         self.lines: dict[str, ResultLine] = {line.id: line for line in lines}
+        self._check_fixed()
         self.tries: Counter[str] = Counter()
         self.started: set[str] = set()
         self._known: list[Trial] | None = None
@@ -82,7 +86,7 @@ class Sweep:
                     display.show(self, workers)
             finally:
                 workers.close()
-        return sum(1 for trial in self.trials() if not self._done(trial))
+        return sum(1 for trial in self.trials() if not self.done(trial.id))
 
     def trials(self) -> list[Trial]:
         """All trials that are known so far: finals and curves join when their settings have been chosen."""
@@ -112,8 +116,9 @@ class Sweep:
             )
         return [trial for trial in found if trial.id == only]
 
-    def _done(self, trial: Trial) -> bool:
-        line = self.lines.get(trial.id)
+    def done(self, trial: str) -> bool:
+        """Whether the trial of this id has a line that says ``done``."""
+        line = self.lines.get(trial)
         return line is not None and line.status == "done"
 
     def settled(self, trial: str) -> bool:
@@ -144,6 +149,41 @@ class Sweep:
                 )
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise StateError(f"the folder holds other files (got {str(self.out)!r}); choose another --out")
+
+    def _check_fixed(self) -> None:
+        """What is tested is fixed once a final run could have been looked at: the digest covers neither seeds nor family."""
+        if not any(line.stage == FINAL for line in self.lines.values()):
+            return
+        file = self.out / PLAN
+        if not file.is_file():
+            what = f"the folder has final runs and no plan to compare with (got {str(self.out)!r} without {PLAN})"
+            raise StateError(f"{what}; put the plan back that they were run by")
+        before = load_plan(file, self.plan.data)
+        fixed: tuple[tuple[str, tuple[Any, ...], tuple[Any, ...]], ...] = (
+            ("comparisons", _family(before), _family(self.plan)),
+            ("search_seeds", before.protocol.search_seeds, self.plan.protocol.search_seeds),
+            ("final_seeds", before.protocol.final_seeds, self.plan.protocol.final_seeds),
+        )
+        for name, had, has in fixed:
+            if had != has:
+                raise StateError(
+                    f"the folder has final runs, after which a plan's {name} stay as they were (got {_changes(had, has)} "
+                    f"in {str(self.out)!r}); give the plan that lies in it ({PLAN}), or choose another --out"
+                )
+
+
+def _family(plan: Plan) -> tuple[str, ...]:
+    return tuple(sorted(f"{method} - {baseline}" for method, baseline in plan.comparisons))
+
+
+def _changes(had: tuple[Any, ...], has: tuple[Any, ...]) -> str:
+    """What was added and what is missing, in words."""
+    parts = (
+        ("new: ", [item for item in has if item not in had]),
+        ("missing: ", [item for item in had if item not in has]),
+    )
+    said = [word + ", ".join(map(str, items)) for word, items in parts if items]
+    return " and ".join(said) or "another order"
 
 
 class Display:
@@ -211,7 +251,11 @@ def _failed(trial: Trial, plan: str, error: str) -> ResultLine:
     )
 
 
+def equal_share(jobs: int) -> int:
+    """Threads of each of ``jobs`` processes that share this machine's processors."""
+    return max(1, len(os.sched_getaffinity(0)) // jobs)
+
+
 def local_pool(plan: Plan, jobs: int, threads: int | None, command: str) -> Pool:
     """Processes on this machine; threads default to an equal share of its processors."""
-    count = threads or max(1, len(os.sched_getaffinity(0)) // jobs)
-    return Workers(jobs, count, plan.digest, command)
+    return Workers(jobs, threads or equal_share(jobs), plan.digest, command)

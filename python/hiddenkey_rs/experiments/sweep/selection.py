@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ...errors import DataError
-from ..data import Row, Splits
+from ..data import Row, Splits, subset, subset_order
 from ..tasks import Task
 from .lines import ResultLine
 from .plan import SEARCH, Protocol, Winners
 
-_SUBSET, _HALF, _REPORT = 1, 2, 3
-"""What a permutation is for: part of its seed."""
+_HALF, _REPORT, _SOURCES = 2, 3, 4
+"""What a permutation is for: part of its seed, in which a subset's is 1."""
 
 
 def split_rows(
@@ -25,7 +25,8 @@ def split_rows(
 
     Chosen on are training rows that no subset of this seed contains, or one fixed half of the development rows; reported
     are development rows that nothing was chosen on, at most ``report_rows`` of them, with ``report_test`` the test's too.
-    Development rows that have the field ``unit`` in common (the source of several texts) are never divided.
+    Development rows that have the field ``unit`` in common (the source of several texts) are never divided. Training rows
+    are drawn one by one: chosen on may be a paraphrase of a row that was fitted on.
 
     Raises:
         DataError: too few rows.
@@ -33,12 +34,11 @@ def split_rows(
     train, dev = splits.train, splits.dev
     if protocol.report_test and protocol.select_from == "train":
         dev = [*dev, *(splits.test or [])]
-    order = np.random.default_rng([seed, _SUBSET]).permutation(len(train))
     if protocol.report_rows is not None and protocol.report_rows < len(dev):
         dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[: protocol.report_rows]]
     wanted = protocol.select_rows
     if protocol.select_from == "dev":
-        fit = order[:size]
+        fit = subset(train, size, seed)
         first, second = _halves(dev, unit)
         choose, report = [dev[n] for n in first[:wanted]], [dev[n] for n in sorted(second)]
         report += (splits.test or []) if protocol.report_test else []
@@ -49,9 +49,18 @@ def split_rows(
                 f"too few training rows to fit and to choose on (got {len(train)}, wanted {size} and {wanted}); lower "
                 "train_size or select_rows"
             )
-        fit = order[:size]
-        choose, report = [train[n] for n in order[len(train) - wanted :]], list(dev)
-    return [train[n] for n in fit], choose, report
+        fit = subset(train, size, seed)
+        choose, report = [train[n] for n in subset_order(len(train), seed)[len(train) - wanted :]], list(dev)
+    return fit, choose, report
+
+
+def drawn_sources(groups: Sequence[Any], count: int | None) -> list[Any]:
+    """So many of the groups that texts are generated for, the same for all seeds and methods, in the order that they had.
+
+    E2E's test rows stand in the order of how much they ask for: its first sources are its easiest.
+    """
+    order = np.random.default_rng([_SOURCES]).permutation(len(groups))[:count]
+    return [groups[n] for n in sorted(order)]
 
 
 def _halves(rows: Sequence[Row], unit: str | None) -> tuple[list[int], list[int]]:

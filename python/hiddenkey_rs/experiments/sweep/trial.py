@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from ..models import add_lora, attention_for, load_model, settle
 from ..provenance import commit, processor, versions
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
-from ..training import common_arguments
+from ..training import checkpoint_activations, common_arguments
 from .lines import ResultLine
 from .plan import FINAL, SEARCH, Trial
-from .selection import chosen_epoch, split_rows
+from .selection import chosen_epoch, drawn_sources, split_rows
 from .texts import generate_texts
 from .watching import DivergedTrialError, Watcher
 
@@ -58,13 +57,14 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         failure = diverged
     finally:
         trainer.handle.detach()
-    history, steps = watcher.history, max(trainer.state.global_step, 1)
+    history = watcher.history
     chosen = chosen_epoch(history, task, trial.protocol.select_by) if history else 0
     texts: dict[str, Any] = {}
     if failure is None and prepared.groups:
         watcher.restore_best()
         texts = generate_texts(prepared.model, prepared.tokenizer, prepared.groups, task, trial.config.bf16)
         history[chosen]["report"] |= texts.pop("figures")
+        texts |= prepared.drawn
     return ResultLine(
         id=trial.id,
         plan=plan,
@@ -86,9 +86,10 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         examples={} if failure else watcher.packed(),
         texts=texts,
         seconds=round(time.perf_counter() - started, 3),
-        seconds_per_step=round(watcher.training_seconds / steps, 6),
-        peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        examples_per_second=round(steps * trial.config.batch_size / max(watcher.training_seconds, 1e-9), 3),
+        seconds_per_step=round(watcher.training_seconds / max(watcher.steps, 1), 6),
+        peak_rss_mb=None if watcher.memory.mib is None else round(watcher.memory.mib, 1),
+        peak_of=watcher.memory.of,
+        examples_per_second=round(watcher.rows / max(watcher.training_seconds, 1e-9), 3),
         realised_rates={site: round(rate, 6) for site, rate in trainer.handle.realised().items()},
         config=_changed(trial.config),
         command=command,
@@ -106,19 +107,23 @@ def _splits(task: str, data: str | None) -> Splits:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """``parts``: examples by what they are for. ``groups``: what texts are generated for, where any are."""
+    """``parts``: examples by what they are for. ``groups``: what texts are generated for, where any are.
+
+    ``drawn``: of which split the groups are, and of how many, for the line.
+    """
 
     model: Any
     tokenizer: Any
     parts: dict[str, list[Example]]
     collate: Callable[..., Any]
     groups: list[Group]
+    drawn: dict[str, Any]
 
 
 def _prepare(trial: Trial, task: Task) -> _Prepared:
     config, controls = trial.config, trial.controls
     splits = _splits(task.name, config.data)
-    fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed, task.source)
+    fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed, task.unit)
     length = config.max_length or task.max_length
     model, tokenizer = load_model(config.model, task, config.seed, attention_for(config.bf16, length))
     if controls.stock_rate is not None:
@@ -127,20 +132,24 @@ def _prepare(trial: Trial, task: Task) -> _Prepared:
     parts = {
         name: tokenise(part, task, tokenizer, length, model.config.is_encoder_decoder) for name, part in rows.items()
     }
-    groups = []
+    groups: list[Group] = []
+    drawn: dict[str, Any] = {}
     if task.source is not None and trial.stage == FINAL:
-        groups = grouped(splits.test or report, task)[: trial.protocol.generate]
+        known = grouped(splits.test or report, task)
+        groups = drawn_sources(known, trial.protocol.generate)
+        drawn = {"split": "test" if splits.test else "dev", "of": len(known)}
     model = add_lora(
         model, task, config.rank, config.lora_alpha, config.lora_dropout, config.target_modules, config.seed
     )
     if controls.rank_dropout:
         drop_ranks(model, controls.rank_dropout)
-    return _Prepared(model, tokenizer, parts, collator(tokenizer, task.kind), groups)
+    return _Prepared(model, tokenizer, parts, collator(tokenizer, task.kind), groups, drawn)
 
 
 def _trainer(config: RunConfig, prepared: _Prepared, watcher: Watcher) -> Any:
     train = prepared.parts["train"]
     steps = config.epochs * math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulation)
+    checkpoint_activations(config, prepared.model)
     trainer = HiddenKeyTrainer(
         model=prepared.model,
         args=transformers.TrainingArguments(

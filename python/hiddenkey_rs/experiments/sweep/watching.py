@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..features import Example
+from ..memory import PeakMemory
 from ..outcomes import Outcomes, outcomes
 from ..tasks import Task
 from .lines import pack_examples
@@ -37,16 +38,19 @@ class Watcher(TrainerCallback):
         self.best: Outcomes | None = None
         self.last: Outcomes | None = None
         self.weights: dict[str, torch.Tensor] = {}
-        self.training_seconds = 0.0
+        # Of training alone, up to the last look: what looks take is everybody's.
+        self.training_seconds, self.steps, self.rows = 0.0, 0, 0
+        self.memory = PeakMemory()
         self.clock = time.perf_counter()
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
-        self.clock = time.perf_counter()
+        self._train_on()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """A loss that is no number ends the trial."""
         if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
+            self.memory.end()
             raise DivergedTrialError(state.global_step)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -55,6 +59,8 @@ class Watcher(TrainerCallback):
         if not is_look(round(state.epoch), config.epochs, self.trial.protocol.looks):
             return
         self.training_seconds += time.perf_counter() - self.clock
+        self.steps, self.rows = state.global_step, round(state.epoch * len(self.parts["train"]))
+        self.memory.end()
         rows = config.train_eval_rows or len(self.parts["train"])
         found = {}
         for name, part in self.parts.items():
@@ -71,6 +77,10 @@ class Watcher(TrainerCallback):
             self.best = self.last
             if self.task.source is not None:  # what texts are generated with
                 self.weights = {name: value.detach().clone() for name, value in self._learning()}
+        self._train_on()
+
+    def _train_on(self) -> None:
+        self.memory.begin()
         self.clock = time.perf_counter()
 
     def restore_best(self) -> None:

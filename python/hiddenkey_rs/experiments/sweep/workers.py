@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shlex
 import signal
 import threading
 import time
@@ -106,7 +107,7 @@ def attempt(trial: Trial, threads: int, plan: str, command: str, most: int | Non
     try:
         from .trial import run_trial
 
-        return run_trial(trial, plan, f"{command} --only {trial.id}", threads)
+        return run_trial(trial, plan, f"{command} --only {shlex.quote(trial.id)}", threads)
     except HiddenKeyError as error:
         return " ".join(str(error).split())
     except Exception as error:  # whatever a library raises is this trial's failure and no other's
