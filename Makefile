@@ -7,7 +7,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs')
 # Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
 DATA ?= ../shared/data
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PLANS := controls single_methods compensation generation llama
+PLANS := controls tuned single_methods compensation generation llama
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
@@ -71,8 +71,12 @@ stats: ## the long statistics of the masks, into benches/results/stats_hk1.md
 	   cargo bench -q --bench stats && echo && echo "## Agreement of all paths" && echo && cargo bench -q --bench agreement; \
 	 } | tee benches/results/stats_hk1.md
 
-gpu: setup ## every kernel against the reference, and the benches, on a CUDA device; under ten minutes
-	@$(BIN)/python benches/gpu.py
+# Without `setup`: a GPU machine may have no network. A copied tree with its extension, and a Python that has torch, are enough.
+gpu: ## every kernel against the reference, and the benches, on a CUDA device; under ten minutes
+	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; export PYTHONPATH="python$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	 "$$python" -c 'import hiddenkey_rs._core' || { echo "gpu: $$python cannot import hiddenkey_rs with its extension; run" \
+	   "make setup, or copy a built python/hiddenkey_rs/_core.abi3.so here" >&2; exit 1; }; \
+	 "$$python" benches/gpu.py
 
 evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
 

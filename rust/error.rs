@@ -44,6 +44,11 @@ pub enum Error {
         /// Places needed (saturating).
         wanted: u128,
     },
+    /// There is not so much memory.
+    Room {
+        /// Numbers that it was wanted for.
+        numbers: usize,
+    },
     /// An epoch of nothing.
     Empty,
     /// A sample that does not fit a batch's tokens.
@@ -129,6 +134,9 @@ impl fmt::Display for Error {
             Error::Memory { given, wanted } => {
                 write!(f, "memory and shape disagree (got room for {given} places, not {wanted}); pass arrays that fit")
             }
+            Error::Room { numbers } => {
+                write!(f, "there is not so much memory (got {numbers} numbers to hold); work on fewer at once")
+            }
             Error::Empty => write!(f, "an epoch has at least one sample (got 0); check that the data set was read"),
             Error::Budget { sample, length, budget } => write!(
                 f,
@@ -177,6 +185,20 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// An empty vector with room for exactly `numbers`: where input says how many, an error and not the end of the process.
+pub(crate) fn room<T>(numbers: usize) -> Result<Vec<T>> {
+    let mut vector = Vec::new();
+    vector.try_reserve_exact(numbers).map_err(|_| Error::Room { numbers })?;
+    Ok(vector)
+}
+
+/// `numbers` times `value`, or an error like [`room`]'s.
+pub(crate) fn filled<T: Clone>(numbers: usize, value: T) -> Result<Vec<T>> {
+    let mut vector = room(numbers)?;
+    vector.resize(numbers, value);
+    Ok(vector)
+}
+
 /// `value` if it is at most `most`.
 pub(crate) fn at_most(name: &'static str, value: u64, most: u64) -> Result<u64> {
     if value <= most { Ok(value) } else { Err(Error::Range { name, value, most }) }
@@ -196,6 +218,7 @@ mod tests {
         let words = Error::Words { words: 1, columns: 33, given: 33 };
         assert!(words.to_string().contains("got 1 words of 33 columns a row for 33 places"));
         assert!(Error::Memory { given: 7, wanted: 8 }.to_string().contains("got room for 7 places, not 8"));
+        assert!(Error::Room { numbers: 9 }.to_string().contains("not so much memory (got 9 numbers"));
         assert!(Error::Empty.to_string().contains("at least one sample (got 0)"));
         let budget = Error::Budget { sample: 7, length: 90, budget: 64 };
         assert!(budget.to_string().contains("got 90 tokens of sample 7 for 64"));
@@ -212,6 +235,13 @@ mod tests {
         assert!(token.to_string().contains("row 2 holds a token id outside the vocabulary (got -4 at position 1"));
         assert!(Error::Simd("sse9".into()).to_string().contains("got \"sse9\""));
         assert!(Error::Interrupted.to_string().contains("interrupted"));
+    }
+
+    #[test]
+    fn too_much_is_an_error() {
+        assert_eq!(room::<u64>(usize::MAX / 16), Err(Error::Room { numbers: usize::MAX / 16 }));
+        assert_eq!(filled(usize::MAX / 2, 1u64), Err(Error::Room { numbers: usize::MAX / 2 }));
+        assert_eq!(filled(2, 7u64), Ok(vec![7, 7]));
     }
 
     #[test]

@@ -186,9 +186,26 @@ def test_consistency_where_nothing_differs(model) -> None:
 
 def test_multi_label_heads_have_no_consistency(model) -> None:
     model.config.problem_type = "multi_label_classification"
+    rates = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     with pytest.raises(hk.ConfigError, match="multi-label"):
-        hk.attach(model, hk.HiddenKeyConfig())
+        hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == rates
     hk.attach(model, hk.HiddenKeyConfig(consistency=None), stock_dropout="off").detach()
+
+
+def test_multi_label_heads_are_known_by_their_first_labels(model) -> None:
+    model.config.problem_type = None
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    ids = torch.ones(2, 5, dtype=torch.long)
+    with handle.step(0, sample_ids=[0, 1]), pytest.raises(hk.ConfigError, match="multi-label"):
+        handle.loss(input_ids=ids, labels=torch.ones(2, model.config.num_labels))
+
+
+def test_replicas_of_a_model_are_refused(model) -> None:
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([0, 1])}
+    with handle.step(0, sample_ids=[0, 1]), pytest.raises(hk.UnsupportedModelError, match="torchrun"):
+        handle.compute(batch, model=torch.nn.DataParallel(model))
 
 
 def test_wrapped_and_compiled_models_must_come_later(model) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.masking_utils import sdpa_mask
 
 import families
 import hiddenkey_rs as hk
 from families import DECODERS, ENCODER_DECODERS, FAMILIES
+from hiddenkey_rs.attachment import interface
 from reference import masks as reference
 
 SAMPLES = np.array([11, (1 << 33) + 5, 3])
@@ -319,8 +320,47 @@ def test_a_copy_of_an_attached_model_says_that_it_is_not_attached() -> None:
     twin = copy.deepcopy(model)
     with pytest.raises(hk.StateError, match="a model that nothing is attached to"):
         twin(**families.batch("bert"))
+    with pytest.raises(hk.StateError, match="says 'hiddenkey' already"):
+        hk.attach(twin, hk.HiddenKeyConfig(), stock_dropout="off")
     twin.set_attn_implementation("sdpa")
     twin(**families.batch("bert"))
+
+
+def test_a_copy_does_not_drop_what_the_original_drops() -> None:
+    model = families.build("bert").train()
+    handle = hk.attach(model, hk.HiddenKeyConfig.preset("hiddencut-element", rate=0.5), stock_dropout="off")
+    twin, batch = copy.deepcopy(model), families.batch("bert")
+    twin.set_attn_implementation("sdpa")
+    with handle.step(0, sample_ids=range(len(batch["input_ids"]))):
+        model(**batch)
+    assert torch.equal(twin(**batch).logits, twin.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize(("places", "plain"), [([0, 1, 2, 3, 4, 5], True), ([0, 1, 2, 0, 1, 2], False)])
+def test_a_window_over_packed_documents_says_more_than_a_window(places: list[int], plain: bool) -> None:
+    """Kernels that know windows by themselves must not take such a mask for one, or documents would see each other."""
+    seen: list[dict] = []
+    AttentionMaskInterface.register("probe", lambda *args, **kwargs: seen.append(kwargs))
+    model = families.build("mistral", sliding_window=4)
+    model.config._attn_implementation = "probe"
+    masking_utils.create_sliding_window_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, 6, 4),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=torch.tensor([places]),
+    )
+    assert [interface._plain(**kwargs) for kwargs in seen] == [plain]
+
+
+def test_two_models_of_one_config_are_told_apart() -> None:
+    model = families.build("bert")
+    hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    other = type(model)(model.config)
+    rates = [m.p for m in other.modules() if isinstance(m, torch.nn.Dropout)]
+    with pytest.raises(hk.StateError, match="give each model its own config"):
+        hk.attach(other, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert [m.p for m in other.modules() if isinstance(m, torch.nn.Dropout)] == rates
 
 
 # The names of each family's own dropout rates, where its default is not already above 0.

@@ -104,10 +104,9 @@ def test_runners_share_frozen_weights_and_begin_alike() -> None:
     for name, weight in mine.items():
         assert torch.equal(weight, theirs[name])
         assert (weight.data_ptr() == theirs[name].data_ptr()) is not weight.requires_grad
-    assert {name.split(".")[-3] for name, weight in mine.items() if weight.requires_grad} == {
-        "lora_A",
-        "lora_B",
-    } or True
+    trained = [name for name, weight in mine.items() if weight.requires_grad]
+    assert trained
+    assert all("lora_A" in name or "lora_B" in name for name in trained)
 
 
 def test_peak_memory_of_a_process_each() -> None:

@@ -195,3 +195,5 @@ def test_what_does_not_fit_is_refused() -> None:
         blocked.attention(query, query, query, reference.causal(5, 5), keep, "own", 0.3)
     with pytest.raises(ConfigError, match=r"got torch\.float64 on cpu"):
         blocked.attention(*[query.double()] * 3, reference.causal(6, 6), keep, "own", 0.3)
+    with pytest.raises(ConfigError, match=r"different types or devices \(got torch\.float32 on cpu, torch\.bfloat16"):
+        blocked.attention(query, query.bfloat16(), query, reference.causal(6, 6), keep, "own", 0.3)

@@ -126,6 +126,20 @@ def test_an_explicit_choice_never_falls_back(change: dict, message: str) -> None
         ops.dropped_attention(query, query, query, **{**how, "impl": "compact", **change})
 
 
+def test_a_tiny_denominator_without_spare_places() -> None:
+    """exp(-log-sum) is infinite there, and no spare places of it are none."""
+    q = torch.ones(1, 2, 32, 8)
+    k = torch.stack([torch.full((32, 8), -100.0), torch.zeros(32, 8)])[None]
+    keep = torch.ones(1, 2, 1, 32, dtype=torch.bool)
+    keep[0, 1, 0, :5] = False
+    v = torch.randn(1, 2, 32, 8)
+    found = [
+        ops.dropped_attention(q, k, v, allowed=None, keep=keep, rescue="own", rate=0.1, impl=impl)[0]
+        for impl in ("compact", "reference")
+    ]
+    torch.testing.assert_close(*found)
+
+
 def test_shapes_that_disagree_are_refused() -> None:
     query = torch.randn(1, 2, 6, 8)
     keep, real = torch.ones(1, 2, 6, dtype=torch.bool), torch.ones(1, 6, dtype=torch.bool)
@@ -133,3 +147,5 @@ def test_shapes_that_disagree_are_refused() -> None:
         compact.attention(query, query, query, keep[..., :5], real, 0.3)
     with pytest.raises(ConfigError, match=r"got torch\.float64 on cpu"):
         compact.attention(*[query.double()] * 3, keep, real, 0.3)
+    with pytest.raises(ConfigError, match=r"different types or devices \(got .*torch\.bfloat16 on cpu\)"):
+        compact.attention(query, query, query.bfloat16(), keep, real, 0.3)

@@ -141,6 +141,7 @@ def test_thresholds(rate: float, expected: int) -> None:
         (lambda: hk.HiddenKeyConfig(seed=-1), r"seed must be an integer in \[0, 2\*\*64\) \(got -1\)"),
         (lambda: hk.HiddenKeyConfig(stream="hk0"), r"unknown stream \(got 'hk0'\)"),
         (lambda: hk.HiddenKeyConfig(rate_pattern={"(": 0.1}), r"no regular expression \(got '\('"),
+        (lambda: hk.HiddenKeyConfig(rate_pattern={"(?i)Layer": 0.1}), r"no regular expression \(got '\(\?i\)Layer'"),
         (lambda: hk.HiddenKeyConfig(rate_pattern={"a": 2}), r"rate_pattern\['a'\] must be .*got 2"),
         (lambda: hk.HiddenKeyConfig(attention={"rate": 0.1}), r"attention must be a AttentionDrop or None"),
         (

@@ -127,6 +127,35 @@ def test_automatic_precision_reaches_the_head() -> None:
     assert torch.isfinite(loss)
 
 
+def test_float16_gradients_survive_many_tokens() -> None:
+    """A trainer scales its loss after the head made its gradients: those must not have vanished by then."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        model, batch = families.build("llama"), masked("llama")
+        handle = hk.attach(model, NONE)
+        if dtype == torch.float16:
+            run = model.forward
+            model.forward = lambda *a, run=run, **k: torch.autocast("cpu", torch.float16)(run)(*a, **k)
+        with handle.step(0, IDS):
+            loss = handle.compute(batch, torch.tensor(1e7)).loss
+        (loss * 2.0**16).backward()
+        found.append({name: grad / 2.0**16 for name, grad in gradients(model).items()})
+    for name, grad in found[0].items():
+        if float(grad.norm()):
+            assert float((found[1][name] - grad).norm() / grad.norm()) < 0.1, name
+
+
+def test_automatic_precision_of_long_rows() -> None:
+    """From 192 tokens on attention is an operator of our own, which autocast does not know."""
+    model = families.build("llama", max_position_embeddings=256)
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    ids = torch.randint(5, 20, (2, 200))
+    with handle.step(0, [5, 6]), torch.autocast("cpu", torch.bfloat16):
+        loss = handle.loss(input_ids=ids, labels=ids)
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
 def test_logits_never_exist_twice() -> None:
     """The largest logits of a step with a large vocabulary are those of one piece."""
     model = families.build("llama", vocab_size=20_000)

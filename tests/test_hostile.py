@@ -211,6 +211,17 @@ def _arrays() -> list[np.ndarray]:
         np.full(2, -1),
         np.full(4, np.nan, "f4"),
     ]
+    found += [
+        np.ones(shape, "u1") for shape in ((1, 2, 3), (2, 1, 2), (1, 1, 2, 3), (1, 2, 2, 3), (0, 1, 2, 3), (1, 1, 2, 0))
+    ]
+    found += [np.zeros((1, 2**40, 0), "u1"), np.zeros((2**40, 1, 0), "u1"), np.zeros((1, 1, 2**40, 0), "u1")]
+    found += [
+        np.zeros(shape, dtype) for dtype in ("u4", "i8") for shape in ((1, 2, 3), (2, 2, 2), (1, 0, 3), (5, 1, 4))
+    ]
+    found += [np.zeros(shape, "i8") for shape in ((1, 3), (2, 2), (1, 4), (2, 3))]
+    found += [np.array(values) for values in ([0, 3, 5], [1, 0], [-1, 1], [0, 2], [5, 0], [2**62, 5], [2**63 - 1] * 3)]
+    found += [np.array(values, "i4") for values in ([0, 3, 5], [7, 7, 7, 7, 7])]
+    found += [np.array(values, "u4") for values in ([3, 2, 1], [2, 2], [1], [2**31, 5, 9])]
     return found
 
 
@@ -231,6 +242,18 @@ def typed(*dtypes: str):
 
 
 IDS, WORDS, SIGNED, BYTES, FLOATS = typed("u8"), typed("u4"), typed("i8"), typed("u1"), typed("f4", "u2")
+DRAWN = st.tuples(SMALL, SMALL, st.booleans() | RAW)
+
+
+def shaped(dims: int, *dtypes: str):
+    """Most often an array of so many axes and one of these types."""
+    fitting = [Pick(n) for n, array in enumerate(_arrays()) if array.ndim == dims and array.dtype in dtypes]
+    return st.sampled_from(fitting) | st.sampled_from(fitting) | ARRAY
+
+
+NUMBERS, COUNTS, TOKENS = shaped(1, "i8"), shaped(1, "u4"), shaped(1, "i8", "i4")
+PAIR = st.tuples(SMALL, SMALL)
+FLAG = st.booleans() | st.booleans() | RAW
 CORE = {
     "element": (SITE, IDS, SMALL, SMALL, SMALL, SMALL, WORDS | BYTES),
     "column": (SITE, IDS, WORDS | st.none(), SMALL, SMALL, SMALL, WORDS),
@@ -240,6 +263,25 @@ CORE = {
     "dropout": (st.tuples(SMALL, SMALL), SIGNED, SIGNED, SMALL, RATE, st.tuples(FLOATS, FLOATS)),
     "dropout_rows": (BYTES, RATE, st.tuples(FLOATS, FLOATS)),
     "derive_key": (SITE,),
+    "keep_rows": (shaped(3, "u1"), COUNTS, SMALL, FLAG, FLAG, st.tuples(FLOATS, FLOATS)),
+    "seen_keys": (shaped(4, "u1"), shaped(3, "u4")),
+    "block_mask": (
+        *(shaped(4, "u1"), shaped(3, "u4"), shaped(4, "u1"), FLAG, PAIR, PAIR, SMALL),
+        *(shaped(1, "u4", "u2"), shaped(1, "u1")),
+    ),
+    "order": (SMALL, SMALL, SMALL, SMALL, NUMBERS),
+    "order_at": (SMALL, SMALL, SMALL, SMALL, FLAG),
+    "schedule": (DRAWN, st.tuples(SMALL, SMALL, SMALL, SMALL), COUNTS, SMALL, NUMBERS, NUMBERS),
+    "schedule_counts": (DRAWN, st.tuples(SMALL, SMALL, SMALL, SMALL), COUNTS, NUMBERS),
+    "share": (NUMBERS, COUNTS, shaped(3, "i8")),
+    "pack": (TOKENS, SMALL, SMALL),
+    "extent": (NUMBERS, SMALL, NUMBERS, SMALL),
+    "gather": (
+        *(st.tuples(TOKENS, st.none() | TOKENS, st.none() | TOKENS), NUMBERS),
+        st.tuples(NUMBERS, st.none() | st.tuples(NUMBERS, NUMBERS), st.none() | NUMBERS),
+        *(st.tuples(SMALL, SMALL, SMALL), st.tuples(FLAG, FLAG, FLAG, FLAG)),
+        *(st.tuples(st.none() | NUMBERS, NUMBERS | shaped(2, "i8")), shaped(3, "i8")),
+    ),
 }
 
 

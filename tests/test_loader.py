@@ -513,3 +513,49 @@ def test_errors_of_rows_arrive_as_they_are(workers: int, tmp_path: Path) -> None
     store.values[:] = -5
     with pytest.raises(DataError, match="-5"):
         list(build_dataloader(store, batch_size=8, num_workers=workers, multiprocessing_context="fork", **ALONE))
+
+
+# -- broken off within what was prefetched ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 7}, {"token_budget": 120}], ids=["rows", "tokens"])
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_prefetching_is_no_reason_for_the_next_epoch(taken: int, options: dict) -> None:
+    """So few batches are all told to the workers at once: the epoch is over when the last one was delivered."""
+    store = store_of()
+    plain = [numbers(batch) for batch in build_dataloader(store, **options, **ALONE)]
+    loader = build_dataloader(
+        store, num_workers=2, prefetch_factor=8, multiprocessing_context="fork", **options, **ALONE
+    )
+    steps = len(loader)
+    batches = iter(loader)
+    assert [numbers(next(batches)) for _ in range(taken)] == plain[:taken]
+    assert (loader.batch_sampler.epoch, len(loader)) == (0, steps)
+    del batches
+    assert [numbers(batch) for batch in loader] == plain, "broken off, it begins at the same place"
+    assert loader.batch_sampler.epoch == 1
+    assert [numbers(batch) for batch in loader] == [
+        numbers(batch) for batch in build_dataloader(store, epoch=1, **options, **ALONE)
+    ]
+
+
+def test_an_epoch_that_was_set_meanwhile_stays() -> None:
+    loader = build_dataloader(store_of(), batch_size=7, num_workers=2, multiprocessing_context="fork", **ALONE)
+    for number, _ in enumerate(loader):
+        if number == 2:
+            loader.set_epoch(7)
+    assert loader.batch_sampler.epoch == 7
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_follows_who_moves_the_sampler(workers: int) -> None:
+    pytest.importorskip("torchdata")
+    loader = stateful(store_of(), workers)
+    batches = iter(loader)
+    next(batches)
+    loader.set_epoch(4)
+    assert loader.state_dict() == stateful(store_of(), 0, epoch=4).state_dict()
+    loader.batch_sampler.seek(2)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (4, 2)
+    next(iter(loader))
+    assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (4, 3)

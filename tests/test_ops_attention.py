@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hiddenkey_rs import ConfigError, ops
-from hiddenkey_rs.ops import sdpa
+from hiddenkey_rs.ops import reference, sdpa
 from reference import attention as slow
 
 
@@ -260,6 +260,17 @@ def test_the_future_never_leaks(position: str) -> None:
         k2[:, :, 4:], v2[:, :, 4:] = future, future
         outputs.append(ops.attention(q, k2, v2, allowed=ops.causal(7, 7), kept=kept, position=position)[:, :, :4])
     assert torch.equal(outputs[0], outputs[1])
+
+
+def test_masks_of_a_users_own_may_differ_by_head() -> None:
+    size = ops.api.BLOCKED_QUERIES
+    q = torch.randn(1, 2, size, 8)
+    allowed = torch.stack([reference.causal(size, size)[0, 0], torch.ones(size, size, dtype=torch.bool)])[None]
+    drawn = {"allowed": allowed, "keep": torch.rand(1, 2, 1, size) > 0.2, "rescue": "own", "rate": 0.2}
+    found = [ops.dropped_attention(q, q, q, **drawn, impl=impl)[0] for impl in ("auto", "reference")]
+    torch.testing.assert_close(*found)
+    with pytest.raises(ConfigError, match="heads are allowed different keys"):
+        ops.dropped_attention(q, q, q, **drawn, impl="blocked")
 
 
 def test_an_explicit_choice_never_falls_back() -> None:

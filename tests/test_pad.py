@@ -157,7 +157,7 @@ def test_packed_rows_are_the_reference(data, capacity, too_long, picks, labels, 
     assert gathered.longest == max(np.diff(gathered.boundaries))
     pieces = [piece for row in grouped for piece in row]
     samples, sizes = gatherer.real_documents(gathered)
-    assert sizes.tolist() == [length for _, _, length in pieces]
+    assert sizes.tolist() == [start + length for _, start, length in pieces], "masks are the whole document's"
     assert samples.tolist() == [int(data.sample_ids[row]) if ids else row for row, _, _ in pieces]
 
 

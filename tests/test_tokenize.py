@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -431,3 +432,51 @@ def test_the_command_names_what_is_wrong(flags: list[str], message: str, tmp_pat
     assert message in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.glob("*.arrow"))
+
+
+class Slow:
+    """An encoder that says which process works, and takes its time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, batch):
+        (self.folder / str(os.getpid())).touch()
+        time.sleep(0.2)
+        return batch
+
+
+def spread_for_ever(folder: Path) -> None:
+    class Source:
+        def batches(self):
+            while True:
+                yield 0
+
+    for _ in Tokenisation(Source(), Slow(folder))._encoded(2):
+        pass
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes live")
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    """They would wait for work for ever, and hold the lock that they were forked with."""
+    parent = multiprocessing.get_context("fork").Process(target=spread_for_ever, args=(tmp_path,))
+    parent.start()
+    try:
+        until = time.monotonic() + 60
+        while len(workers := [int(file.name) for file in tmp_path.iterdir()]) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.join()
+    until = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < until, "they outlive it"
+        time.sleep(0.05)

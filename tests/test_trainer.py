@@ -180,6 +180,19 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert len(logs[0]) == 4
+    renamed = trainer(tmp_path / "c", rows("bert"), **arguments)
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "c" / "best")
+    renamed.train(resume_from_checkpoint=str(tmp_path / "c" / "best"))
+    assert [e["task_loss"] for e in renamed.state.log_history if e.get("step", 0) > 2 and "loss" in e] == [
+        entry[1] for entry in logs[0]
+    ]
+
+
+def test_training_again_logs_again(tmp_path: Path) -> None:
+    run = trainer(tmp_path, rows("bert"), max_steps=2)
+    run.train()
+    run.train()
+    assert [("task_loss" in e, e["step"]) for e in run.state.log_history if "loss" in e] == [(True, 1), (True, 2)]
 
 
 def test_a_resume_that_would_train_something_else_is_refused(tmp_path: Path) -> None:
@@ -225,6 +238,11 @@ def test_logs_and_evaluation(tmp_path: Path) -> None:
 
 def test_label_smoothing_and_a_loss_of_ones_own(tmp_path: Path) -> None:
     smooth = trainer(tmp_path, rows("bert"), label_smoothing_factor=0.2, config="none", max_steps=1)
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "labels": torch.tensor([0, 1, 1])}
+    logits = torch.tensor([[4.0, -2.0], [-1.0, 3.0], [2.0, 1.0]])
+    of_rows = smooth._task_loss()(tf.modeling_outputs.SequenceClassifierOutput(logits=logits), batch["labels"])
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.2)
+    assert float(of_rows) == pytest.approx(float(expected))
     smooth.train()
     assert smooth.state.log_history[0]["loss"] == pytest.approx(0.69, abs=0.02)
     own = trainer(

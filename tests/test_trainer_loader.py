@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +67,18 @@ def test_splits_and_workers_change_nothing(arguments: dict[str, Any], tmp_path: 
     size = 4 // arguments.get("gradient_accumulation_steps", 1)
     run = work.trainer(spec(tmp_path, arguments={"max_steps": 7, "per_device_train_batch_size": size, **arguments}))
     assert steps_of(run) == planned(run.train_dataset, 7, batch_size=4)
+
+
+def test_spans_need_whole_documents(tmp_path: Path) -> None:
+    store = hk.TokenStore((np.arange(5, 25), np.array([0, 12, 20])))
+    with pytest.raises(hk.ConfigError, match="too_long='split' cuts documents"):
+        hk.HiddenKeyTrainer(
+            model=families.build("llama"),
+            args=tf.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+            train_dataset=store.packed(8, too_long="split"),
+            config="dropkey-span",
+            stock_dropout="off",
+        )
 
 
 def test_choices_of_the_loader(tmp_path: Path) -> None:

@@ -275,7 +275,12 @@ def rate_for(config: HiddenKeyConfig, rate: float, names: Sequence[str]) -> floa
 
 def matches(pattern: str, names: Sequence[str]) -> bool:
     """Whether a rate pattern matches one of ``names`` whole, or its end after a dot (as peft's ``rank_pattern``)."""
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+    return any(re.fullmatch(_whole(pattern), name) for name in names)
+
+
+def _whole(pattern: str) -> str:
+    """A rate pattern as it is matched; its own groups stay numbered from 1."""
+    return rf"(?:.*\.)?(?:{pattern})"
 
 
 def resolve_layers(
@@ -330,7 +335,7 @@ def _check_pattern(pattern: Any) -> RatePattern:
         raise ConfigError(f"rate_pattern maps regular expressions to rates (got {pattern!r}); use {{}} for none")
     for key, rate in pattern.items():
         try:
-            re.compile(key)
+            re.compile(_whole(key))
         except (re.error, TypeError) as error:
             raise ConfigError(f"a rate_pattern key is no regular expression (got {key!r}: {error}); mend it") from None
         check_rate(rate, f"rate_pattern[{key!r}]")

@@ -420,7 +420,8 @@ def _lengths(lengths: Any) -> NDArray[np.uint32]:
 
 def _array(values: Any, name: str) -> NDArray[Any]:
     try:
-        return np.ascontiguousarray(values)
+        array = np.ascontiguousarray(values)
+        return array if array.flags.aligned else array.copy()  # cut out of bytes; the core reads no such memory
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(
             f"{name} must be a list or an array of integers (got no array: {error}); convert them"

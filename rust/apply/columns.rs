@@ -1,6 +1,7 @@
 //! Kept rows of keys and values gathered into shorter ones, and their gradients laid back.
 
-use crate::error::{Error, Result, at_most};
+use crate::error::{Error, Result, at_most, room};
+use crate::rng::stream::MAX_HEADS;
 use crate::threads::Run;
 
 /// The extents of keys or values, and which axis lies inside which in memory.
@@ -45,6 +46,7 @@ impl Kept<'_> {
         let memory = |given: usize, wanted: u128| {
             if given as u128 == wanted { Ok(()) } else { Err(Error::Memory { given, wanted }) }
         };
+        at_most("heads", layout.heads as u64, MAX_HEADS)?;
         let product = |extents: &[usize]| extents.iter().fold(1u128, |all, &n| all.saturating_mul(n as u128));
         memory(long, product(&[layout.batch, layout.heads, layout.length, layout.features]))?;
         memory(self.keep.len(), product(&[layout.batch, layout.heads, layout.length]))?;
@@ -79,7 +81,7 @@ pub fn gather<T: Copy + Default + Send + Sync>(
 ) -> Result<()> {
     let sizes = kept.sizes(layout, long.len(), short.len())?;
     let mut rest = short;
-    let mut tasks = Vec::with_capacity(layout.batch * layout.heads);
+    let mut tasks = room(layout.batch * layout.heads)?;
     for (example, size) in sizes.into_iter().enumerate() {
         for head in 0..layout.heads {
             let (mine, others) = std::mem::take(&mut rest).split_at_mut(size / layout.heads);
@@ -186,5 +188,9 @@ mod tests {
         assert!(attempt(&[1], &[1], 2, 1).contains("got room for 1"));
         assert!(attempt(&[1, 0], &[1, 1], 2, 1).contains("2 lengths for 1 samples"));
         assert!(attempt(&[1, 0], &[1], 2, 2).contains("got room for 2"));
+        // No memory at all, and a task a head.
+        let layout = Layout { heads: 1 << 40, length: 0, ..layout };
+        let refused = gather::<f32>(&run, layout, Kept { keep: &[], places: &[0] }, &[], &mut []).unwrap_err();
+        assert_eq!(refused, Error::Range { name: "heads", value: 1 << 40, most: 1 << 10 });
     }
 }

@@ -5,7 +5,7 @@
 //! equal rows, so that the work hardly depends on how many documents there are. Numbers are dealt out at the end.
 
 use super::place::Placed;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, filled, room};
 use crate::threads::Run;
 
 /// The largest capacity: the histogram has one place a length.
@@ -62,24 +62,27 @@ pub fn pack<L: Length>(run: &Run<'_>, lengths: &[L], capacity: u64, too_long: To
     if capacity == 0 || capacity > MAX_CAPACITY {
         return Err(Error::Capacity(capacity));
     }
-    let histogram = histogram(lengths, capacity, too_long)?;
+    let histogram = histogram(run, lengths, capacity, too_long)?;
     let pieces = histogram.iter().fold(0, |sum: u64, &count| sum.saturating_add(count)).max(lengths.len() as u64);
     if pieces > u64::from(u32::MAX) {
         return Err(Error::Pieces(pieces));
     }
     let placed = Placed::first_fit(run, &histogram, capacity as usize)?;
     stop(run)?;
-    let (sorted, begins) = sort(lengths, &histogram, capacity, too_long);
+    let (sorted, begins) = sort(run, lengths, &histogram, capacity, too_long)?;
     stop(run)?;
-    let mut packing = deal(&placed, &sorted, begins, too_long == TooLong::Split);
+    let mut packing = deal(run, &placed, &sorted, begins, too_long == TooLong::Split)?;
     packing.tokens = (0..).zip(&histogram).map(|(length, count)| length * count).sum();
-    packing.starts = starts(lengths, &packing, capacity as i64);
+    packing.starts = starts(run, lengths, &packing, capacity as i64)?;
     Ok(packing)
 }
 
 fn stop(run: &Run<'_>) -> Result<()> {
     if (run.interrupted)() { Err(Error::Interrupted) } else { Ok(()) }
 }
+
+/// Pieces between two questions whether to go on: some milliseconds of work.
+const WATCH: usize = 1 << 21;
 
 /// Of a document's length: how many pieces fill a row, and the length of the piece beside them (0 = there is none).
 #[inline(always)]
@@ -92,11 +95,14 @@ fn pieces(length: u64, capacity: u64, too_long: TooLong) -> (u64, u64) {
 }
 
 /// How many pieces there are of each length; empty ones are not counted.
-fn histogram<L: Length>(lengths: &[L], capacity: u64, too_long: TooLong) -> Result<Vec<u64>> {
+fn histogram<L: Length>(run: &Run<'_>, lengths: &[L], capacity: u64, too_long: TooLong) -> Result<Vec<u64>> {
     let longest = lengths.iter().map(|length| length.wide()).max().unwrap_or(0).max(0) as u64;
-    let mut counts = vec![0u64; capacity.min(longest) as usize + 1];
+    let mut counts = filled(capacity.min(longest) as usize + 1, 0u64)?;
     let mut refused = None;
     for (document, length) in lengths.iter().enumerate() {
+        if document % WATCH == WATCH - 1 {
+            stop(run)?;
+        }
         let Ok(length) = u64::try_from(length.wide()) else {
             return Err(Error::NegativeLength { document, length: length.wide() });
         };
@@ -116,15 +122,21 @@ fn histogram<L: Length>(lengths: &[L], capacity: u64, too_long: TooLong) -> Resu
 
 /// Documents by length, one length behind the other, each in the order of their numbers; and where each length begins.
 /// Of a document that is split, one entry a piece.
-fn sort<L: Length>(lengths: &[L], histogram: &[u64], capacity: u64, too_long: TooLong) -> (Vec<u32>, Vec<usize>) {
+fn sort<L: Length>(
+    run: &Run<'_>,
+    lengths: &[L],
+    histogram: &[u64],
+    capacity: u64,
+    too_long: TooLong,
+) -> Result<(Vec<u32>, Vec<usize>)> {
     let mut end = 0;
-    let mut begins = Vec::with_capacity(histogram.len());
+    let mut begins = room(histogram.len())?;
     for &count in histogram {
         begins.push(end);
         end += count as usize;
     }
     let mut next = begins.clone();
-    let mut sorted = vec![0; end];
+    let mut sorted = filled(end, 0)?;
     let mut put = |document: usize, length: u64| {
         let place = &mut next[length as usize];
         sorted[*place] = document as u32;
@@ -132,23 +144,37 @@ fn sort<L: Length>(lengths: &[L], histogram: &[u64], capacity: u64, too_long: To
     };
     for (document, length) in lengths.iter().enumerate() {
         let (whole, rest) = pieces(length.wide() as u64, capacity, too_long);
-        (0..whole).for_each(|_| put(document, capacity));
+        for piece in 0..whole {
+            // One document may be billions of pieces.
+            if piece as usize % WATCH == WATCH - 1 {
+                stop(run)?;
+            }
+            put(document, capacity);
+        }
         if rest > 0 {
             put(document, rest);
         }
+        if document % WATCH == WATCH - 1 {
+            stop(run)?;
+        }
     }
-    (sorted, begins)
+    Ok((sorted, begins))
 }
 
 /// Give every place its document: of each length, the next one. `next`: where each length begins in `sorted`.
-fn deal(placed: &Placed, sorted: &[u32], mut next: Vec<usize>, with_lengths: bool) -> Packing {
-    let mut packing = Packing::default();
-    packing.offsets.reserve_exact(placed.count() + 1);
+fn deal(run: &Run<'_>, placed: &Placed, sorted: &[u32], mut next: Vec<usize>, with_lengths: bool) -> Result<Packing> {
+    let mut packing = Packing {
+        offsets: room(placed.count() + 1)?,
+        documents: room(sorted.len())?,
+        lengths: room(if with_lengths { sorted.len() } else { 0 })?,
+        ..Packing::default()
+    };
     packing.offsets.push(0);
-    packing.documents.reserve_exact(sorted.len());
-    packing.lengths.reserve_exact(if with_lengths { sorted.len() } else { 0 });
     for (rows, held) in placed.runs() {
         for _ in 0..rows {
+            if packing.offsets.len().is_multiple_of(WATCH) {
+                stop(run)?;
+            }
             for &(length, copies) in &held {
                 let begin = next[length];
                 next[length] += copies;
@@ -160,11 +186,11 @@ fn deal(placed: &Placed, sorted: &[u32], mut next: Vec<usize>, with_lengths: boo
             packing.offsets.push(packing.documents.len() as i64);
         }
     }
-    packing
+    Ok(packing)
 }
 
 /// Where each piece starts: the last one of a document ends with it, and those of a whole row stand in order.
-fn starts<L: Length>(lengths: &[L], packing: &Packing, capacity: i64) -> Vec<i64> {
+fn starts<L: Length>(run: &Run<'_>, lengths: &[L], packing: &Packing, capacity: i64) -> Result<Vec<i64>> {
     let mut before = (0, -1);
     let mut start = |(&length, &document): (&i64, &i64)| {
         if length < capacity {
@@ -173,7 +199,12 @@ fn starts<L: Length>(lengths: &[L], packing: &Packing, capacity: i64) -> Vec<i64
         before = if before.1 == document { (before.0 + capacity, document) } else { (0, document) };
         before.0
     };
-    packing.lengths.iter().zip(&packing.documents).map(&mut start).collect()
+    let mut found = room(packing.lengths.len())?;
+    for (lengths, documents) in packing.lengths.chunks(WATCH).zip(packing.documents.chunks(WATCH)) {
+        found.extend(lengths.iter().zip(documents).map(&mut start));
+        stop(run)?;
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -254,6 +285,19 @@ mod tests {
         let packing = pack(&Run { interrupted: &ask, ..run() }, &lengths, 10_000, TooLong::Refuse).unwrap();
         assert_eq!(rows(&packing), first_fit(&lengths, 10_000));
         assert!(asked.get() > 30);
+    }
+
+    /// One document of millions of pieces: the caller is asked at each stage.
+    #[test]
+    fn many_pieces() {
+        let asked = std::cell::Cell::new(0);
+        let ask = || {
+            asked.set(asked.get() + 1);
+            false
+        };
+        let packing = pack(&Run { interrupted: &ask, ..run() }, &[5 << 20i64], 1, TooLong::Split).unwrap();
+        assert_eq!((packing.starts.len(), packing.starts.last()), (5 << 20, Some(&((5 << 20) - 1))));
+        assert!(asked.get() >= 9, "sorting and dealing ask twice, the starts three times");
     }
 
     #[test]

@@ -24,9 +24,12 @@ pub fn raise(error: Error) -> PyErr {
         | Error::Row { .. }
         | Error::Offsets { .. }
         | Error::Token { .. } => DataError::new_err(text),
-        Error::Range { .. } | Error::Rate(_) | Error::Scale(_) | Error::Simd(_) | Error::Capacity(_) => {
-            ConfigError::new_err(text)
-        }
+        Error::Range { .. }
+        | Error::Rate(_)
+        | Error::Scale(_)
+        | Error::Simd(_)
+        | Error::Capacity(_)
+        | Error::Room { .. } => ConfigError::new_err(text),
         Error::Interrupted => PyKeyboardInterrupt::new_err(text),
     }
 }

@@ -36,7 +36,12 @@ def base_model(model: Any) -> Any:
 
 
 def check_wrapper(model: nn.Module | None) -> None:
-    """What a loop calls in the attached model's place leaves its weights what they are."""
+    """What a loop calls in the attached model's place runs the attached modules, and leaves their weights what they are."""
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedModelError(
+            f"replicas of a model have no dropout attached (got {type(model).__name__}); train in one process a device, "
+            "with torchrun and DistributedDataParallel"
+        )
     if isinstance(model, FullyShardedDataParallel):
         raise UnsupportedModelError(
             f"FSDP's first version flattens the model's weights (got {type(model).__name__}); shard it with "

@@ -20,7 +20,7 @@ from . import hooks, report, two_pass
 from .checks import base_model, check_model, check_plan, check_wrapper
 from .families import family_of
 from .head import head_of
-from .implementation import implementations
+from .implementation import Implementation, implementations
 from .kernels import check_kernels
 from .passes import MaskRecorder
 from .session import ActiveStep, Session
@@ -96,16 +96,17 @@ class Handle:
         self.output = output_site(self.base)
         plan(config, self.stacks, self.output)
         check_plan(config, self.stacks)
+        two_pass.check_classes(self)
+        found = implementations(self.base)
         self.stock = StockDropout(self.base, stock_dropout)
         self._check_consistency()
         self._warn_about_stock()
         self.last: two_pass.LossOutput | None = None
-        self._install()
+        self._install(found)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
-    def _install(self) -> None:
-        found = implementations(self.base)
+    def _install(self, found: list[Implementation]) -> None:
         for implementation in found:
             implementation.attach(maskless=self.impl == "triton")
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
@@ -245,11 +246,6 @@ class Handle:
         part = self.config.consistency
         if part is None:
             return
-        if self.base.config.problem_type == "multi_label_classification":
-            raise ConfigError(
-                "a consistency term compares distributions over classes, and a multi-label head has none "
-                "(got problem_type 'multi_label_classification'); set consistency=None"
-            )
         if not self.drops and not self.stock.live and not self.adapter_dropout:
             self.stock.restore()
             raise ConfigError(

@@ -45,6 +45,11 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return (logits if self.bias is None else logits + self.bias).float()
 
+    def is_half(self, hidden: Tensor) -> bool:
+        """Whether its gradients pass through float16, where small numbers vanish."""
+        automatic = self.autocast["dtype"] if self.autocast.get("enabled") else None
+        return torch.float16 in (hidden.dtype, automatic)
+
     @property
     def parameters(self) -> list[Tensor]:
         """What of it is trained."""
@@ -102,7 +107,8 @@ def token_losses(
 
     Only the first result has a gradient.
     """
-    run = _Pieces(head, labels, kind, both, scales)
+    boost = torch.exp2(-torch.floor(torch.log2(scales[0]))) if head.is_half(first) else None
+    run = _Pieces(head, labels, kind, both, scales, boost)
     return _TokenLosses.apply(run, first, second, *head.parameters)  # type: ignore[no-any-return]
 
 
@@ -115,6 +121,9 @@ class _Pieces:
     kind: str | None
     both: bool
     scales: tuple[Tensor, Tensor]
+    boost: Tensor | None = None
+    """A power of two, about the number of tokens: float16 gradients are made this much larger, since a trainer scales the
+    loss when they are made already."""
 
     def terms(self, first: Tensor, second: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(first)
@@ -138,8 +147,9 @@ class _Pieces:
         # A piece's logits are as large as all of the hidden states, which the step holds many times over anyway.
         rows = max(LEAST_ROWS, first.numel() // max(self.vocabulary(first), 1))
         totals = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
+        kind = torch.float32 if self.boost is not None else None
         gradients: list[Tensor | None] = [
-            torch.empty_like(state) if state is not None and want else None
+            torch.empty_like(state, dtype=kind) if state is not None and want else None
             for state, want in zip(states, wanted, strict=False)
         ]
         trained = [torch.zeros_like(parameter) for parameter in parameters]
@@ -154,6 +164,9 @@ class _Pieces:
                 loss = terms[0] * self.scales[0] + terms[1] * self.scales[1]
             for total, term in zip(totals, (loss, *terms), strict=True):
                 total += term.detach()
+            if self.boost is not None:
+                with torch.set_grad_enabled(any(wanted)):
+                    loss = loss * self.boost
             targets = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             targets += parameters if any(wanted[2:]) else []
             if not targets:
@@ -180,7 +193,8 @@ class _TokenLosses(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[1:])
         wanted[1] = wanted[1] and run.both
         totals, gradients = run.run([first, second], wanted)
-        ctx.gradients = gradients
+        ctx.gradients, ctx.boost = gradients, run.boost
+        ctx.kinds = [None if tensor is None else tensor.dtype for tensor in (first, second, *parameters)]
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
 
@@ -189,4 +203,8 @@ class _TokenLosses(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss of a step was differentiated twice; keep its gradient instead")
+        if ctx.boost is not None:
+            scale = scale.float() / ctx.boost
+            scaled = zip(gradients, ctx.kinds, strict=True)
+            return None, *(None if g is None else (g * scale).to(kind) for g, kind in scaled)
         return None, *(None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)

@@ -90,6 +90,8 @@ def _ffn_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
     shared = site.stack is not None and bool(site.stack.groups)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if module is not site.module:  # a deep copy's
+            return None
         step: Pass | None = session.prepared_pass(number) if torch.compiler.is_compiling() else None
         if step is not None:  # a graph replays by itself, so it needs no pass of its own layer's
             depth = site.layer.depth if shared else site.layer.index
@@ -154,7 +156,7 @@ def _head_hook(session: Session, head: Head) -> Callable[..., Any]:
 
 def _output_hook(session: Session, site: Site) -> Callable[..., Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if not args or not isinstance(args[0], Tensor):
+        if module is not site.module or not args or not isinstance(args[0], Tensor):
             return None
         hidden = args[0]
         step = session.last_pass

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import StateError
 from .interface import IMPLEMENTATIONS, NAME, register
 
 
@@ -48,6 +49,13 @@ class Implementation:
 def implementations(model: nn.Module) -> list[Implementation]:
     """One :class:`Implementation` for every distinct config of the model and its submodels."""
     register()
+    # A copy of an attached model says our name, too: what it computed attention with before is not in it.
+    taken = [m for m in model.modules() if getattr(getattr(m, "config", None), "_attn_implementation", None) == NAME]
+    if taken:
+        raise StateError(
+            f"the config says {NAME!r} already (got {type(taken[0]).__name__}: a copy of an attached model, or one of two "
+            'models with one config); call model.set_attn_implementation("sdpa") on a copy, give each model its own config'
+        )
     configs = {
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }

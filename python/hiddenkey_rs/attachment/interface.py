@@ -63,9 +63,12 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     return sdpa_mask(*args, **kwargs)
 
 
-def _plain(*, mask_function: Any = None, local_size: int | None = None, **_: Any) -> bool:
+def _plain(*, mask_function: Any = None, local_size: int | None = None, **rest: Any) -> bool:
     """Whether a mask says no more than causality, a window and padding."""
-    return mask_function in (causal_mask_function, bidirectional_mask_function) or local_size is not None
+    if local_size is None:
+        return mask_function in (causal_mask_function, bidirectional_mask_function)
+    # A window's function is made anew each time. Of packed rows or a mask of one's own, transformers lets no causal one go.
+    return "allow_is_bidirectional_skip" in rest or bool(rest.get("allow_is_causal_skip", True))
 
 
 def _padding_mask(
@@ -116,6 +119,9 @@ def hiddenkey_attention(
         layer.current = step
     if not in_graph or call is not None:  # a graph may not change anything inside a checkpointed layer
         layer.depth = depth
+    if query.dtype != value.dtype and torch.is_autocast_enabled(value.device.type):
+        # Rotary tables in float32 make queries and keys wider than values; torch's own attention casts them back.
+        query, key = query.to(value.dtype), key.to(value.dtype)
     allowed, bias = _allowed_and_bias(attention_mask, position_bias)
     if step.suspect:
         check_apart(step, site, allowed)
@@ -181,7 +187,7 @@ def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | 
     if implementation is None:
         raise StateError(
             f"the attention implementation {NAME!r} was called by a model that nothing is attached to (got "
-            f"{type(module).__name__}); call hiddenkey_rs.attach(model, config), or set another attn_implementation"
+            f'{type(module).__name__}); if it is a copy, call its set_attn_implementation("sdpa") first'
         )
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation.original, eager)

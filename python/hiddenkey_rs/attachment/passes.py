@@ -156,7 +156,8 @@ def check_apart(step: Pass, site: Site, allowed: Tensor | None) -> None:
     if allowed is None or bool((strange[:, None] & allowed).any()):
         raise DataError(
             f"the documents of packed rows would attend to each other (got {site.name}, which does not heed position_ids "
-            "here); do not pack for this model, or pass a mask of (batch, 1, length, length)"
+            "here); give a decoder position_ids that restart and use_cache=False, pass a mask of (batch, 1, length, length), "
+            "or do not pack for this model"
         )
     step.suspect, step.apart = False, True
 

@@ -212,6 +212,16 @@ def _compares_features(handle: Handle) -> bool:
     return part is not None and part.kind != "mse" and _regression(handle)
 
 
+def check_classes(handle: Handle) -> None:
+    """A :class:`ConfigError` where the consistency term would compare what is no distribution over classes."""
+    # Asked again with every batch: transformers finds the type out by the labels of the first one.
+    if handle.config.consistency is not None and handle.base.config.problem_type == "multi_label_classification":
+        raise ConfigError(
+            "a consistency term compares distributions over classes, and a multi-label head has none "
+            "(got problem_type 'multi_label_classification'); set consistency=None"
+        )
+
+
 def _regression(handle: Handle) -> bool:
     config = handle.base.config
     return bool(config.problem_type == "regression" or (config.problem_type is None and _single_output(handle)))
@@ -223,6 +233,7 @@ def _single_output(handle: Handle) -> bool:
 
 def _rows(handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any, features: Tensor | None) -> Tensor:
     """The rows whose distributions (or values, for ``mse``) the consistency term compares: (N, classes)."""
+    check_classes(handle)
     if _compares_features(handle):
         return _pooled(handle, batch, features)
     logits = outputs.logits if "logits" in outputs else None
@@ -254,7 +265,8 @@ def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
 def shifts_labels(handle: Handle) -> bool:
     """Whether the head predicts the next token: labels then stand one position ahead of logits."""
     name = type(handle.base).__name__
-    return not (handle.base.config.is_encoder_decoder or "MaskedLM" in name or "TokenClassification" in name)
+    own = any(kind in name for kind in ("MaskedLM", "Classification", "MultipleChoice", "QuestionAnswering"))
+    return not (handle.base.config.is_encoder_decoder or own)
 
 
 def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:

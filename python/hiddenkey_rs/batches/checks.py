@@ -24,3 +24,14 @@ def room(count: int) -> NDArray[np.int64]:
         return np.empty(count, np.int64)
     except (MemoryError, ValueError) as error:
         raise ConfigError(f"so many samples do not fit into memory (got {count}: {error}); ask for fewer") from None
+
+
+def contiguous(values: Any, dtype: Any = None) -> NDArray[Any]:
+    """``np.ascontiguousarray``, and aligned: an array cut out of bytes may begin anywhere, and the core reads no such memory.
+
+    Example:
+        >>> contiguous(np.frombuffer(bytes(10), np.int32, offset=2)).flags.aligned
+        True
+    """
+    array = np.ascontiguousarray(values, dtype)
+    return array if array.flags.aligned else array.copy()

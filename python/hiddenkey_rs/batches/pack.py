@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..errors import DataError
 from ..serialise import choice
-from .checks import check_integer
+from .checks import check_integer, contiguous
 
 TOO_LONG = {"refuse": 0, "truncate": 1, "split": 2}
 MAX_CAPACITY = 1 << 24
@@ -93,7 +93,7 @@ def pack(lengths: Any, capacity: int, *, too_long: str = "refuse") -> Packing:
 def _lengths(lengths: Any) -> NDArray[Any]:
     """As contiguous int32 or int64; whether they are negative is the core's question."""
     try:
-        array = np.ascontiguousarray(lengths)
+        array = contiguous(lengths)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(
             f"lengths must be a list or an array of integers (got no array: {error}); convert them"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import ConfigError, DataError
-from .checks import check_integer
+from .checks import check_integer, contiguous
 from .pack import Packing
 
 PADDING = -1
@@ -109,6 +109,7 @@ class Gathered(NamedTuple):
         samples: int64 ids: (rows,) of padded rows, (rows, width) of joined ones, -1 at padding.
         documents: (pieces,) int64, the document that each piece in the rows is of; -1 is padding.
         lengths: (pieces,) int64, or None: as long as the document, if ``max_length`` allows it.
+        starts: (pieces,) int64, where each piece begins in its document, if documents are split; else None: at 0.
         boundaries: (documents + 1,) int32, where documents begin in the flattened rows, with the end of all; padding at
             a row's end is one more document. None of padded rows.
         longest: tokens of the longest document, its padding included.
@@ -121,6 +122,7 @@ class Gathered(NamedTuple):
     lengths: NDArray[np.int64] | None
     boundaries: NDArray[np.int32] | None
     longest: int
+    starts: NDArray[np.int64] | None = None
 
     def arrays(self) -> dict[str, NDArray[np.int64]]:
         """Each plane by its name."""
@@ -215,15 +217,36 @@ class Gatherer:
             for column in (packing.documents, packing.starts, packing.lengths)
         )
         assert documents is not None
+        split = starts
         if starts is None or lengths is None:
             lengths = np.minimum(self._lengths(documents), packing.capacity)
             starts = np.zeros_like(lengths)
-        return self._joined((documents, (starts, lengths), bounds), len(rows), packing.capacity, room)
+        made = self._joined((documents, (starts, lengths), bounds), len(rows), packing.capacity, room)
+        return made._replace(starts=split)
+
+    def places(self, gathered: Gathered) -> NDArray[np.int64] | None:
+        """Every token's place in its document, (rows, width) int64, -1 at padding; None where sample ids say it already.
+
+        They do where documents are whole and no two of one id stand side by side: places then count from the start of a
+        run of equal ids. Only of joined rows.
+        """
+        samples, boundaries, starts = gathered.samples, gathered.boundaries, gathered.starts
+        assert boundaries is not None
+        flat, begins = samples.reshape(-1), boundaries[:-1].astype(np.int64)
+        inner = begins[begins % samples.shape[1] > 0]
+        if starts is None and not np.any((flat[inner] == flat[inner - 1]) & (flat[inner] >= 0)):
+            return None
+        sizes = np.diff(boundaries)
+        first = -begins
+        if starts is not None:  # a piece of padding is none of the packing's: it stands at a row's end
+            first[flat[begins] >= 0] += starts
+        return np.where(flat < 0, PADDING, np.arange(len(flat)) + np.repeat(first, sizes)).reshape(samples.shape)
 
     def real_documents(self, gathered: Gathered) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(sample ids, lengths) of a batch's documents, in order.
 
-        Of padded rows, one a row: a padding row has id -1 and length 1. Of joined ones, those that have tokens.
+        Of padded rows, one a row: a padding row has id -1 and length 1. Of joined ones, those that have tokens. A piece
+        of a document that was split counts up to its end: masks are the whole document's.
         """
         documents, lengths = gathered.documents, gathered.lengths
         if lengths is None:
@@ -232,6 +255,7 @@ class Gatherer:
             return gathered.samples, np.where(documents < 0, 1, lengths)
         ids = documents if self.source.sample_ids is None else self.source.sample_ids[documents]
         real = (documents >= 0) & (lengths > 0)
+        lengths = lengths if gathered.starts is None else lengths + gathered.starts
         return ids[real], lengths[real]
 
     def _joined(self, pieces: _Pieces, rows: int, width: int, room: Room) -> Gathered:
@@ -258,20 +282,22 @@ def _rounded(length: int, multiple: int) -> int:
 
 def _rows(rows: Any) -> NDArray[np.int64]:
     # The usual case in one breath: a batch takes 15 microseconds in all.
-    if type(rows) is np.ndarray and rows.dtype is _INT64 and rows.ndim == 1 and rows.size and rows.flags.c_contiguous:
+    if type(rows) is np.ndarray and rows.dtype is _INT64 and rows.ndim == 1 and rows.size and rows.flags.carray:
         return rows
     array = np.asarray(rows)
     if array.size and array.dtype.kind not in "iu":
         raise DataError(f"row numbers must be integers (got {array.dtype}); pass a list or an int64 array")
     if array.ndim != 1 or not array.size:
         raise DataError(f"a batch needs rows (got shape {array.shape}); leave an empty batch out")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return contiguous(array, np.int64)
 
 
 def _check_column(name: str, array: Any, shape: tuple[int, ...], each: str, narrow: bool = False) -> None:
     kinds = ("int32", "int64") if narrow else ("int64",)
-    if not isinstance(array, np.ndarray) or array.dtype not in kinds or not array.flags.c_contiguous:
+    good = isinstance(array, np.ndarray) and array.dtype in kinds and array.flags.c_contiguous
+    if not good or not array.flags.aligned:
         got = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        got += ", which is not aligned" if good else ""
         raise DataError(f"{name} must be a contiguous array of {' or '.join(kinds)} (got {got}); convert it")
     if array.shape != shape:
         raise DataError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import ConfigError, DataError
-from .checks import check_integer, room
+from .checks import check_integer, contiguous, room
 from .order import MAX_SEED, MAX_SIZE, Order
 
 Tail = Literal["pad", "drop"]
@@ -248,7 +248,7 @@ def _checked_lengths(array: NDArray[Any]) -> NDArray[np.uint32]:
             )
     if array.dtype == np.int32:
         array = array.view(np.uint32)
-    return np.ascontiguousarray(array, dtype=np.uint32)
+    return contiguous(array, np.uint32)
 
 
 def _checked_budget(budget: Any, lengths: NDArray[np.uint32] | None) -> int:

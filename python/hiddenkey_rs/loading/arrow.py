@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..batches.checks import contiguous
 from ..errors import DataError, HiddenKeyError
 
 Array = NDArray[Any]
@@ -119,7 +120,7 @@ def row_column(column: Any, name: str) -> Array:
         if len(bad):
             raise DataError(f"{name} is not finite (got {array[bad[0]]} in row {bad[0]}); mend the row or drop it")
         return array.astype(np.float32, copy=False) if array.dtype.itemsize < 4 else array
-    return array.astype(np.int64, copy=False)
+    return contiguous(array, np.int64)
 
 
 def column_kind(type_: Any) -> str | None:
@@ -133,7 +134,7 @@ def column_kind(type_: Any) -> str | None:
 def widened(values: Array, name: str) -> Array:
     """``values`` as int32 or int64, the same memory where they are that already."""
     if values.dtype in (np.int32, np.int64) and values.dtype.isnative:
-        return np.ascontiguousarray(values)
+        return contiguous(values)
     if values.dtype.itemsize == 8 and len(values) and values.max() > np.iinfo(np.int64).max:
         raise DataError(f"{name} exceeds 64 bits with sign (got {values.max()}); mend the data")
     narrow = values.dtype.itemsize < 4 or (values.dtype.kind == "i" and values.dtype.itemsize == 4)
@@ -200,7 +201,7 @@ def check_offsets(offsets: Array, size: int, name: str, first: int = 0) -> tuple
 
 
 def _rebased(offsets: Array, start: int) -> NDArray[np.int64]:
-    offsets = np.ascontiguousarray(offsets).astype(np.int64, copy=False)
+    offsets = contiguous(offsets, np.int64)
     return offsets - start if start else offsets
 
 

@@ -16,10 +16,12 @@ from ..serialise import choice
 from .buffers import Ring
 from .features import LABELS, SAMPLE_ID, from_features
 from .packed import PackedStore
-from .planned import PlanSpec
+from .planned import PlanSpec, check_split
 from .rows import RowBatch
 
 LAYOUTS = ("padded", "packed", "flat")
+SAMPLE_POSITION = "sample_position"
+"""The key of every token's place in its document, where the rows do not say it; see :class:`Collator`."""
 PLAN = "mask_plan"
 """The key of a batch's :class:`StepPlan`, if the collator makes one."""
 
@@ -56,6 +58,8 @@ class Collator:
         ``token_type_ids`` (B, L), 0 at padding, if the store has them.
         ``position_ids`` (B, L), from 0 in each document. The padding at the end of a packed row is one more document.
         ``sample_id`` (B,), or (B, L) where documents are joined; -1 at padding. Left out for examples that bring none.
+        ``sample_position`` (B, L), -1 at padding: every token's place in its whole document, where documents are split or
+        two of one id stand side by side in a row. Elsewhere ``sample_id`` says as much. It goes to ``handle.step``.
         ``cu_seq_lens_q``, ``cu_seq_lens_k`` (documents + 1,) int32, ``max_length_q``, ``max_length_k`` (plain integers):
         where documents begin in the flattened rows, as FlashAttention takes them.
         ``mask_plan``: a :class:`StepPlan` of the batch's documents, in order.
@@ -132,6 +136,9 @@ class Collator:
             found["labels"] = _row_labels(row_labels, gathered.documents)
         if not bare:
             found[SAMPLE_ID] = torch.from_numpy(gathered.samples)
+            places = None if self.layout == "padded" else gatherer.places(gathered)
+            if places is not None:
+                found[SAMPLE_POSITION] = torch.from_numpy(places)
         if self.cu_seqlens and gathered.boundaries is not None:
             found["cu_seq_lens_q"] = found["cu_seq_lens_k"] = torch.from_numpy(gathered.boundaries)
             found["max_length_q"] = found["max_length_k"] = gathered.longest
@@ -169,6 +176,8 @@ class Collator:
                     f"{'packed store' if packed else 'store that is not packed'}); use "
                     + ("layout='packed'" if packed else "store.packed(capacity), or another layout")
                 )
+            if packed and store.too_long == "split" and self.plan is not None:
+                check_split(self.plan.config)
             self._seen = (store, *self._columns(store.store if packed else store))
         return self._seen[1:]
 

@@ -50,6 +50,11 @@ class Columns:
         """Add one number an example. ``sample_id`` becomes the examples' identities."""
         if name == SAMPLE_ID:
             return self.add_sample_ids(column)
+        if name == ATTENTION_MASK:
+            raise DataError(
+                f"{ATTENTION_MASK} has one number a token (got it among the columns of one number a row); leave it out: "
+                "batches bring their own"
+            )
         self._check_new(name)
         self.row_columns[name] = self._one_a_row(name, row_column(column, name))
         return None
@@ -67,7 +72,10 @@ class Columns:
     def extend(self, token_columns: Any, row_columns: Any, sample_ids: Any) -> None:
         """Add mappings of columns, and identities, where there are any."""
         for name, column in (token_columns or {}).items():
-            self.add_tokens(name, column)
+            if name == ATTENTION_MASK:
+                _check_all_seen(self, column)
+            else:
+                self.add_tokens(name, column)
         for name, column in (row_columns or {}).items():
             self.add_rows(name, column)
         if sample_ids is not None:

@@ -15,7 +15,7 @@ from ..batches.checks import check_integer
 from ..errors import ConfigError, HiddenKeyError
 from ..masks import set_num_threads
 from .collator import Collator
-from .sampler import BatchSampler
+from .sampler import BatchSampler, Cursor
 from .workers import LostWorkerError
 
 
@@ -44,19 +44,25 @@ class ShardedLoader(DataLoader[Any]):
         """Accelerate marks what it holds; this loader is marked already."""
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
-        return self._delivered(batches) if self.num_workers or self.device is not None else batches
+        if not self.num_workers:
+            batches = super().__iter__()
+            return batches if self.device is None else self._delivered(batches)
+        with self.batch_sampler.running_ahead():  # workers are told rows as soon as the iterator is made
+            batches = super().__iter__()
+        return self._delivered(batches, self.batch_sampler.cursor)
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; see :meth:`BatchSampler.set_epoch`."""
         self.batch_sampler.set_epoch(epoch)
 
-    def _delivered(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _delivered(self, batches: Iterator[Any], cursor: Cursor | None = None) -> Iterator[Any]:
         """The batches, moved; and one error for a lost worker, which torch shows as whatever it was doing just then."""
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
+                if cursor is not None:
+                    self.batch_sampler.finish(cursor)
                 return
             except (EOFError, ConnectionError, RuntimeError) as error:
                 if not _tells_of_death(error):

@@ -14,6 +14,22 @@ from ..errors import ConfigError
 from ..plan import StepPlan, plan_step
 
 
+def check_split(config: HiddenKeyConfig | str | None) -> None:
+    """Refuse spans for documents that packing splits. ``config``: as of :func:`hiddenkey_rs.attach`.
+
+    Raises:
+        ConfigError: a site drops spans.
+    """
+    if not isinstance(config, HiddenKeyConfig):
+        config = HiddenKeyConfig() if config is None else HiddenKeyConfig.preset(config)
+    for name, part in (("attention", config.attention), ("hidden", config.hidden)):
+        if part is not None and part.pattern == "span" and (part.rate > 0 or any(config.rate_pattern.values())):
+            raise ConfigError(
+                f"a span is drawn in a whole document, and too_long='split' cuts documents (got {name} pattern 'span'); "
+                "use too_long='truncate', or another pattern"
+            )
+
+
 @dataclass(frozen=True)
 class PlanSpec:
     """What a collator needs to plan the masks of the batches that it makes; see :func:`hiddenkey_rs.plan_step`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -44,11 +45,16 @@ class Position(NamedTuple):
     batch: int = 0
 
 
-class _Cursor:
-    """How far one iterator has come."""
+class Cursor:
+    """How far one iterator has come.
 
-    def __init__(self, position: Position) -> None:
-        self.position = position
+    Attributes:
+        ahead: whether the iterator runs ahead of who uses its rows, who then says :meth:`BatchSampler.finish`.
+        placed: there is no iterator: the sampler was put there.
+    """
+
+    def __init__(self, position: Position, ahead: bool = False, placed: bool = False) -> None:
+        self.position, self.ahead, self.placed = position, ahead, placed
 
 
 class BatchSampler:
@@ -119,7 +125,13 @@ class BatchSampler:
             )
         self._store = data if hasattr(type(data), "digest") else None
         self._start = Position(_checked_epoch(epoch))
-        self._cursor = _Cursor(self._start)
+        self._cursor = Cursor(self._start, placed=True)
+        self._ahead = False
+
+    @property
+    def placed(self) -> bool:
+        """Whether nobody has iterated since the sampler was made or moved: its state is where it was put."""
+        return self._cursor.placed
 
     @property
     def epoch(self) -> int:
@@ -136,10 +148,33 @@ class BatchSampler:
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[Rows]:
-        self._cursor = _Cursor(self._start)
+        self._cursor = Cursor(self._start, self._ahead)
         return self._walk(self._cursor)
 
-    def _walk(self, cursor: _Cursor) -> Iterator[Rows]:
+    @contextmanager
+    def running_ahead(self) -> Iterator[None]:
+        """Iterators that are made within are exhausted by prefetching: to whom they are delivered says :meth:`finish`.
+
+        The next epoch would else begin when a loader's workers have been told the last rows, batches before its user has
+        seen them.
+        """
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead = False
+
+    @property
+    def cursor(self) -> Cursor:
+        """The latest iterator's, or where the sampler was put since."""
+        return self._cursor
+
+    def finish(self, cursor: Cursor) -> None:
+        """All that the cursor's iterator gave has been used: go to the next epoch, unless the sampler was moved since."""
+        if cursor is self._cursor:
+            self._start = cursor.position
+
+    def _walk(self, cursor: Cursor) -> Iterator[Rows]:
         epoch, step, first, batch = cursor.position
         for window in range(first, self.schedule.windows):
             batches = self.schedule.batches(epoch, window)
@@ -151,8 +186,8 @@ class BatchSampler:
                     yield Rows(part.tolist() or [-1], epoch, step, micro)
                 step += 1
             batch = 0
-        if cursor is self._cursor:
-            self._start = cursor.position
+        if not cursor.ahead:
+            self.finish(cursor)
 
     def _next(self, epoch: int, step: int, window: int, batch: int, batches: int) -> Position:
         if batch < batches:
@@ -190,7 +225,7 @@ class BatchSampler:
 
     def _move(self, position: Position) -> None:
         self._start = position
-        self._cursor = _Cursor(position)
+        self._cursor = Cursor(position, placed=True)
 
     def state_dict(self, *, epoch: int | None = None, step: int | None = None) -> dict[str, Any]:
         """Where training stands, and of which batches: a few integers and short strings.

@@ -29,7 +29,8 @@ class StatefulLoader(ShardedLoader, StatefulDataLoader):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's state after the batches that were delivered; see :meth:`BatchSampler.state_dict`."""
-        if self._iterator is None or self._iterator._finished:
+        # torchdata does not see a sampler that was moved: it would tell of the iteration that was under way before.
+        if self._iterator is None or self._iterator._finished or self.batch_sampler.placed:
             return self.batch_sampler.state_dict()
         state = super().state_dict()
         inner = state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state

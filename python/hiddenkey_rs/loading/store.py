@@ -75,7 +75,7 @@ class TokenStore:
         self.origin, header = "", None
         if isinstance(tokens, (str, os.PathLike)):
             self.path = Path(tokens).absolute()
-            tokens, header = read_file(tokens)
+            tokens, header = read_file(tokens, None if columns is None else [column, *columns])
             self._opened = (Stamp.of(self.path), {"column": column, "columns": columns, **extras})
             self.origin = header.origin if header else ""
         found = read_columns(tokens, column, columns)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,14 +53,17 @@ class Header:
     origin: str = ""
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[Any, Header | None]:
+def read_file(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> tuple[Any, Header | None]:
     """The table of a file, and the header if :func:`write_file` wrote it.
 
     An Arrow file is memory-mapped (bytes are read when they are touched), Parquet is decoded into memory. Both of
     Arrow's own formats are known: the file (also called Feather) and the stream (what ``datasets`` caches).
 
+    Args:
+        columns: those that will be looked at. The others are in the table by their names; Parquet does not decode them.
+
     Raises:
-        DataError: missing, an unknown suffix, another format than the suffix says, or truncated.
+        DataError: missing, an unknown suffix, another format than the suffix says, truncated or damaged.
     """
     file = Path(path)
     if not file.is_file():
@@ -76,13 +79,20 @@ def read_file(path: str | os.PathLike[str]) -> tuple[Any, Header | None]:
             kind = "Parquet" if start[:4] == _PARQUET_MAGIC else "no Parquet"
             raise DataError(f"a file is not what its suffix says (got {str(file)!r} with {kind} inside); rename it")
         if file.suffix in PARQUET:
-            return arrow("pyarrow.parquet").read_table(file, memory_map=True), None
+            return _parquet_table(file, columns), None
         if start[:6] == _FILE_MAGIC:
-            return _file_table(pa.ipc.open_file(pa.memory_map(str(file))))
-        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all(), None
+            table, header = _file_table(pa.ipc.open_file(pa.memory_map(str(file))))
+        else:
+            table, header = pa.ipc.open_stream(pa.memory_map(str(file))).read_all(), None
+        table.validate()  # what is mapped was not looked at: buffers may be shorter than the lengths say
+        return table, header
     except DataError:
         raise
-    except (OSError, ValueError) as error:  # Arrow's own errors are kinds of these
+    except (
+        OSError,
+        ValueError,
+        pa.lib.ArrowException,
+    ) as error:  # not all of Arrow's errors are kinds of the first two
         text = " ".join(str(error).split())
         raise DataError(
             f"a store cannot be read (got {str(file)!r}: {text}); it is truncated or foreign, make it again"
@@ -113,6 +123,18 @@ def write_file(
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _parquet_table(file: Path, columns: Sequence[str] | None) -> Any:
+    """The table; a column that nobody wants stands there by its name, empty, so that it may be of any kind or damaged."""
+    parquet, pa = arrow("pyarrow.parquet"), arrow()
+    names = parquet.read_schema(file, memory_map=True).names
+    wanted = None if columns is None else set(columns)
+    if wanted is None or not wanted <= set(names) or len(set(names)) < len(names):
+        return parquet.read_table(file, memory_map=True)  # whoever chose the columns says what is wrong with them
+    table = parquet.read_table(file, memory_map=True, columns=sorted(wanted))
+    nothing = pa.nulls(len(table))
+    return pa.table({name: table.column(name) if name in wanted else nothing for name in names})
 
 
 def _file_table(reader: Any) -> tuple[Any, Header | None]:

@@ -12,12 +12,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from .texts import BATCH, Texts
 from .workers import LostWorkerError
 
 logger = logging.getLogger(__name__)
+_LOOK = 0.5  # seconds between looks for the parent
 _AHEAD = 4  # batches a process that wait or are under way: enough to keep it busy, few enough to hold
 
 
@@ -158,8 +161,22 @@ def _start(encoder: Encoder) -> None:
     """Run once in every process. Ctrl-C is its parent's; threads it was copied without, so its tokenizer starts none."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
+
+
+def _end_with_parent(parent: int) -> None:
+    """Leave when the parent is gone.
+
+    A killed one says nothing: who waits for work would wait, and hold the cache's lock it was forked with, for ever. The
+    sentinel alone is not enough: it is a pipe of the parent, and whatever else was forked there keeps it open.
+    """
+    process = multiprocessing.parent_process()
+    assert process is not None
+    while not wait([process.sentinel], _LOOK) and os.getppid() == parent:
+        pass
+    os._exit(1)
 
 
 def _work(batch: Any) -> Encoded:
@@ -189,7 +206,7 @@ def _kept(path: Path, key: str) -> TokenStore | None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """For one process at a time. A lock goes with its process, however that ends."""
-    from filelock import FileLock  # the hub's client brings it
+    from filelock import FileLock
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:

@@ -57,9 +57,11 @@ def dropped_attention(
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
+    shared = allowed is None or allowed.shape[1] == 1
     by_row = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))
     if impl in ("compact", "blocked"):
-        obstacle = general or (None if by_row or impl == "blocked" else "queries of a head see different keys")
+        different = None if by_row or impl == "blocked" else "queries of a head see different keys"
+        obstacle = general or different or (None if shared or impl == "compact" else "heads are allowed different keys")
         if obstacle is not None:
             raise ConfigError(
                 f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'"
@@ -71,7 +73,8 @@ def dropped_attention(
     ):
         return _gathered(query, key, value, allowed, keep, rescue, scale)
     keep = reference.repeat_heads(keep, query.shape[1])
-    if general is None and (impl == "blocked" or (impl == "auto" and not by_row and shape[2] >= BLOCKED_QUERIES)):
+    by_blocks = shared and not by_row and shape[2] >= BLOCKED_QUERIES
+    if general is None and (impl == "blocked" or (impl == "auto" and by_blocks)):
         return _in_blocks(query, key, value, allowed, keep, rescue, scale)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
     output = attention(

@@ -257,3 +257,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, keep: Ten
             f"blocks of queries run on the CPU in float32, bfloat16 and float16 (got {query.dtype} on {query.device}); "
             "use impl='sdpa'"
         )
+    cpu_kernel.check_types(query, key, value)

@@ -157,7 +157,7 @@ class _Example:
         tensors, spare = self._tensors(), self._spare
         result, sums = cpu_kernel.forward(*tensors, 0.0, False, scale=scaling)
         if spare is not None:
-            part = spare * (-sums).exp()
+            part = _weight(spare, sums)
             if not bool((part > MOST_SPARE).any()):
                 rest = 1 - part
                 torch.mul(result, rest.reciprocal()[..., None], out=out)
@@ -171,7 +171,7 @@ class _Example:
         """Gradients of the example's queries and shorter keys and values; ``out`` and ``total`` as :meth:`attend` left them."""
         spare = self._spare
         # Beyond this the weight of a spare place might overflow; below, it meets zeros only.
-        masked = spare is not None and bool((spare * (-total).exp() > MOST_SPARE / (1 - MOST_SPARE)).any())
+        masked = spare is not None and bool((_weight(spare, total) > MOST_SPARE / (1 - MOST_SPARE)).any())
         mask = self._mask if masked else None
         to_query, *others = cpu_kernel.backward(
             gradient, *self._tensors(), out, total, 0.0, False, attn_mask=mask, scale=scaling
@@ -250,6 +250,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Tensor
             f"keys are gathered on the CPU in float32, bfloat16 and float16 (got {query.dtype} on {query.device}); "
             "use a boolean mask"
         )
+    cpu_kernel.check_types(query, key, value)
+
+
+def _weight(spare: Tensor, total: Tensor) -> Tensor:
+    """What part of each denominator spare places are; 0 where there are none, however small the denominator is."""
+    return torch.where(spare > 0, spare * (-total).exp(), 0.0)
 
 
 def _own(rows: Tensor, real: Tensor, example: int) -> Tensor:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -17,6 +19,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def runs_on(query: Tensor) -> bool:
     """Whether the kernel takes this tensor: on the CPU, in one of :data:`DTYPES`."""
     return query.device.type == "cpu" and query.dtype in DTYPES
+
+
+def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raises ConfigError unless keys and values are of the queries' type and device: the kernel itself looks at neither."""
+    if not query.dtype == key.dtype == value.dtype or not query.device == key.device == value.device:
+        found = ", ".join(f"{rows.dtype} on {rows.device}" for rows in (query, key, value))
+        raise ConfigError(f"queries, keys and values are of different types or devices (got {found}); cast them to one")
 
 
 def empty(query: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,11 @@ class Loader:
 
 def check_loader(trainer: Any, loader: Loader | None) -> None:
     """A :class:`ConfigError` for what our batches and gradients cannot follow, before anything is attached."""
+    if trainer.args.n_gpu > 1:
+        raise ConfigError(
+            f"one process would train on copies of the model, which have no dropout attached (got {trainer.args.n_gpu} "
+            "devices); start it with torchrun, or show it one device by CUDA_VISIBLE_DEVICES"
+        )
     processes = trainer.accelerator.num_processes
     if processes != max(ranks.launched()[1], ranks.world_size()):
         raise ConfigError(

@@ -14,6 +14,7 @@ from transformers.trainer_utils import has_length
 from ..attachment import Handle, attach
 from ..config import HiddenKeyConfig
 from ..loading.collator import PLAN
+from ..loading.planned import check_split
 from . import ranks
 from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, stream_of, streaming
@@ -60,6 +61,8 @@ class HiddenKeyTrainerMixin:
         super().__init__(*args, **kwargs)
         self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
         check_loader(self, self._loader)
+        if getattr(self.train_dataset, "too_long", None) == "split":  # type: ignore[has-type]
+            check_split(config)
         self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
         self.data_collator = StoreCollator.around(self)
         # Not earlier, as some trainers wrap their model or change its config.
@@ -73,9 +76,10 @@ class HiddenKeyTrainerMixin:
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model (hyperparameter search): what was attached to the last one moves over."""
+        if hasattr(self, "handle"):  # first: the new model may be made from a config of the old one
+            self.handle.detach()
         model = super().call_model_init(trial)  # type: ignore[misc]
         if hasattr(self, "handle"):
-            self.handle.detach()
             self.handle = attach(model, *self._hiddenkey)
         return model
 
@@ -210,6 +214,8 @@ class HiddenKeyTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
         with ranks.together():
+            self._window = {"step": 0}
+            self.handle.reset_counts()
             self._checkpoint = self._resumed(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(self._checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -218,7 +224,9 @@ class HiddenKeyTrainerMixin:
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
-        self._window["step"] = int(os.path.basename(found).rpartition("-")[2] or 0)
+        self._window["step"] = transformers.TrainerState.load_from_json(
+            os.path.join(found, "trainer_state.json")
+        ).global_step
         return found
 
 
