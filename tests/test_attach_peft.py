@@ -109,6 +109,15 @@ def test_merging_after_training_gives_a_stock_model() -> None:
     assert merged.config._attn_implementation == "sdpa"
 
 
+def test_the_dropout_of_other_adapters_stays_theirs() -> None:
+    settings = peft.VeraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], vera_dropout=0.25)
+    model = peft.get_peft_model(families.build("bert"), settings).train()
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert {m.p for n, m in model.named_modules() if "vera_dropout." in n and isinstance(m, torch.nn.Dropout)} == {0.25}
+    assert handle.adapter_dropout
+    assert not handle.stock.live
+
+
 def test_lora_dropout_stays_the_adapters() -> None:
     model = lora("bert", lora_dropout=0.25)
     handle = hk.attach(model, config(), stock_dropout="off")

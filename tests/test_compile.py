@@ -200,6 +200,26 @@ def test_packed_rows() -> None:
     assert pair.counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("llama", {"use_cache": False}),
+        ("llama", {"position_ids": torch.arange(4).repeat(2)[None]}),
+        ("opt", {"position_ids": torch.arange(4).repeat(2)[None], "use_cache": False}),
+        ("llama", {"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}),
+    ],
+)
+def test_packed_rows_that_might_see_each_other(family: str, more: dict[str, Any]) -> None:
+    model, row = build(family), families.batch(family, rows=1, length=8)["input_ids"]
+    handle = hk.attach(model, CONFIGS["element"], stock_dropout="off")
+    model.compile(backend="eager")
+    with (
+        handle.step(0, torch.tensor([[7] * 4 + [8] * 4])),
+        pytest.raises(hk.DataError, match="documents of packed rows"),
+    ):
+        handle.loss(input_ids=row, labels=row, **more)
+
+
 def test_automatic_precision() -> None:
     pair = Pair(build("bert"), CONFIGS["minus"])
     with torch.autocast("cpu", dtype=torch.bfloat16):

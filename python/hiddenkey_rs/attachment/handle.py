@@ -26,7 +26,7 @@ from .passes import MaskRecorder
 from .session import ActiveStep, Session
 from .sharing import Sharing
 from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
-from .stock import StockDropout
+from .stock import StockDropout, adapter_dropouts
 from .tokens import check_positions, check_sample_ids
 
 # Models by identity, held weakly: the hooks stay on a model whether or not anybody keeps its handle, and an id() may
@@ -45,7 +45,7 @@ def attach(
         config: what to drop; a preset's name will do. Default: HiddenKey.
         stock_dropout: ``"keep"`` leaves the model's own dropout on (and warns once: its masks are torch's, not
             reproducible the way these are); ``"off"`` switches it off until :meth:`Handle.detach`, as the paper does.
-            ``lora_dropout`` belongs to the adapter and is never touched.
+            An adapter's own (``lora_dropout``) is never touched.
         impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"compact"``,
             ``"blocked"`` (CPU) or ``"triton"`` (CUDA; HiddenCut too)
             (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back.
@@ -144,7 +144,7 @@ class Handle:
     @property
     def adapter_dropout(self) -> bool:
         """Whether an adapter of the model drops its inputs (peft's ``lora_dropout``)."""
-        return any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in self.model.named_modules())
+        return any(getattr(module, "p", 0) > 0 for module in adapter_dropouts(self.model))
 
     # -- steps --------------------------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ class _Pieces:
             torch.empty_like(state, dtype=kind) if state is not None and want else None
             for state, want in zip(states, wanted, strict=False)
         ]
-        trained = [torch.zeros_like(parameter) for parameter in parameters]
+        trained = [torch.zeros_like(parameter, dtype=kind) for parameter in parameters]
         for start in range(0, len(first), rows):
             piece = slice(start, start + rows)
             leaves = [

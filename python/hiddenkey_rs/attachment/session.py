@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .implementation import Implementation
-from .passes import MaskRecorder, Pass, StackPass
+from .passes import MaskRecorder, Pass, StackPass, check_apart
 from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
 from .tokens import Tokens, from_packed, from_rows
@@ -24,6 +24,10 @@ _DIRECT = (
     "a compiled model cannot lay out its masks by itself (got a direct call in training); "
     "call handle.loss(**batch) or handle.compute(batch)"
 )
+
+
+_DEAF = ("opt", "gpt_oss")
+"""Decoders that do not tell packed documents apart by ``position_ids``."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,8 @@ class Session:
     def _prepare(self, number: int, batch: dict[str, Any]) -> PreparedPass:
         stack = self.stacks[number]
         step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1))
+        if step.suspect:
+            _check_told_apart(stack, step, batch)
         sites = self._counted(stack)
         slots = slots_of(sites)
         counter = self._counters.get(number)
@@ -353,3 +359,25 @@ def _real(mask: Tensor | None, tokens: Tensor) -> Tensor:
             f"{tuple(tokens.shape[:2])}); train without a cache, one mask entry a token"
         )
     return mask.to(torch.bool)
+
+
+def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -> None:
+    """A :class:`DataError` unless the batch itself shows that packed documents do not attend to each other.
+
+    A graph cannot look at the mask that reaches attention, as an eager pass does (:func:`.passes.check_apart`).
+    """
+    config: Any = stack.module.config
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 4:
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return check_apart(step, stack.sites[0], allowed)
+    cached = batch.get("use_cache", getattr(config, "use_cache", False))
+    heeds = stack.role == "decoder" and config.model_type not in _DEAF
+    if not heeds or batch.get("position_ids") is None or cached:
+        raise DataError(
+            f"a compiled model cannot show that the documents of packed rows do not attend to each other (got "
+            f"{config.model_type!r}, position_ids {'missing' if batch.get('position_ids') is None else 'given'}, use_cache="
+            f"{bool(cached)}); give a decoder position_ids that restart and use_cache=False, or a mask of (batch, 1, length, "
+            "length)"
+        )
+    return None

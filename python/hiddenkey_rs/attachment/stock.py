@@ -15,10 +15,11 @@ def live_dropouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float
     """Every dropout rate above 0 that the model applies in training: (module name, module, attribute, rate).
 
     Besides ``nn.Dropout`` these are the plain numbers that attention and decoder layers hand to functional dropout.
-    peft's ``lora_dropout`` is the adapter's and not the model's: it is left out.
+    An adapter's own (peft's ``lora_dropout``) is not the model's: it is left out.
     """
+    of_adapters = {id(module) for module in adapter_dropouts(model)}
     for name, module in model.named_modules():
-        if "lora_dropout" in name.split("."):
+        if id(module) in of_adapters:
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             if module.p > 0:
@@ -27,6 +28,13 @@ def live_dropouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float
         for attribute, value in vars(module).items():
             if "drop" in attribute and isinstance(value, float) and value > 0:
                 yield name, module, attribute, value
+
+
+def adapter_dropouts(model: nn.Module) -> Iterator[nn.Module]:
+    """The dropout modules of adapters: peft keeps them, one an adapter, under ``lora_dropout``, ``vera_dropout`` and the like."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict) and name.endswith("_dropout"):
+            yield from module.modules()
 
 
 class StockDropout:
