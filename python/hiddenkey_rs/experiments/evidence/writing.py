@@ -18,6 +18,8 @@ from .studies import Study, read_studies
 PAGE, MARKDOWN, PICTURES, TABLES = "index.html", "report.md", "pictures", "tables"
 _OPEN = re.compile(r"<!-- report ([^>]*?) -->")
 _CLOSE = "<!-- /report -->"
+_SHORT = 40
+"""Rows of a folded table that stands in a file without pictures."""
 
 
 def write_report(
@@ -95,7 +97,7 @@ def _study_markdown(name: str, found: Sequence[Section]) -> str:
 
 
 def section_markdown(section: Section, pictures: bool = True) -> str:
-    """A section's blocks in Markdown; lists that the page folds away are left to the CSV files."""
+    """A section's blocks in Markdown; what the page folds away is left to the CSV files, unless it stands for a picture."""
     blocks = [_block(block, pictures) for block in section.blocks if block]
     return "\n".join(block for block in blocks if block)
 
@@ -104,7 +106,7 @@ def _block(block: Block, pictures: bool) -> str:
     if isinstance(block, str):
         return block + "\n"
     if isinstance(block, Table):
-        if block.folded:
+        if block.folded and (pictures or len(block.rows) > _SHORT):
             return f"### {block.title}\n\n{len(block.rows)} rows, see the report's {TABLES}/ folder.\n"
         return markdown(block)
     return "\n".join(f"![{item.words}]({item.path})" for item in block) + "\n" if pictures else ""
