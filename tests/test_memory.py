@@ -47,4 +47,4 @@ def test_a_system_that_cannot_forget_gives_the_whole_process(tmp_path: Path, mon
     peak.begin()
     peak.end()
     assert peak.of == "process"
-    assert peak.mib == pytest.approx(memory._since_start(), rel=0.01)
+    assert peak.mib == pytest.approx(memory.since_start(), rel=0.01)

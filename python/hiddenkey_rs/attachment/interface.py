@@ -122,7 +122,7 @@ def hiddenkey_attention(
     if query.dtype != value.dtype and torch.is_autocast_enabled(value.device.type):
         # Rotary tables in float32 make queries and keys wider than values; torch's own attention casts them back.
         query, key = query.to(value.dtype), key.to(value.dtype)
-    allowed, bias = _allowed_and_bias(attention_mask, position_bias)
+    allowed, bias = allowed_and_bias(attention_mask, position_bias)
     if step.suspect:
         check_apart(step, site, allowed)
     step.visit(site)
@@ -157,7 +157,7 @@ def hiddenkey_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Split a mask into the boolean set of allowed pairs and the finite numbers to add to their logits."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return attention_mask, bias

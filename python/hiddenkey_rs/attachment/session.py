@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .implementation import Implementation
+from .interface import allowed_and_bias
 from .passes import MaskRecorder, Pass, StackPass, check_apart
 from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
@@ -369,8 +370,8 @@ def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -
     config: Any = stack.module.config
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 4:
-        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        return check_apart(step, stack.sites[0], allowed)
+        check_apart(step, stack.sites[0], allowed_and_bias(mask, None)[0])
+        return
     cached = batch.get("use_cache", getattr(config, "use_cache", False))
     heeds = stack.role == "decoder" and config.model_type not in _DEAF
     if not heeds or batch.get("position_ids") is None or cached:
@@ -380,4 +381,3 @@ def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -
             f"{bool(cached)}); give a decoder position_ids that restart and use_cache=False, or a mask of (batch, 1, length, "
             "length)"
         )
-    return None

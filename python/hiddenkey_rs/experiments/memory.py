@@ -42,7 +42,7 @@ class PeakMemory:
         if self.of == "device":
             now = torch.cuda.max_memory_allocated() / 2**20
         else:
-            now = _resident() if self.of == "training" else _since_start()
+            now = _resident() if self.of == "training" else since_start()
         self.mib = max(self.mib or 0.0, now)
 
 
@@ -64,6 +64,7 @@ def _resident() -> float:
     raise ValueError("the system does not tell a process its peak")
 
 
-def _since_start() -> float:
+def since_start() -> float:
+    """MiB at most, since the process began."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts in bytes, Linux in KiB

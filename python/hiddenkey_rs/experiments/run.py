@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from .evaluate import evaluate
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
 from .job import job
+from .memory import since_start
 from .models import add_lora, attention_for, load_adapter, load_model, settle
 from .report import curves
 from .run_config import RunConfig
@@ -216,7 +216,7 @@ def _metrics(
         "labels": list(prepared.labels),
         "examples_per_second": rows / max(state.training_seconds, 1e-9),
         "seconds": time.perf_counter() - started,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": since_start(),
     }
 
 

@@ -14,8 +14,13 @@ from ..errors import ConfigError
 from ..plan import StepPlan, plan_step
 
 
-def check_split(config: HiddenKeyConfig | str | None) -> None:
-    """Refuse spans for documents that packing splits. ``config``: as of :func:`hiddenkey_rs.attach`.
+def check_split(
+    config: HiddenKeyConfig | str | None, cutter: str = "too_long='split'", instead: str = "too_long='truncate'"
+) -> None:
+    """Refuse spans for documents that packing splits.
+
+    Args:
+        config: as of :func:`hiddenkey_rs.attach`. cutter: what splits them, as the caller wrote it. instead: what does not.
 
     Raises:
         ConfigError: a site drops spans.
@@ -25,8 +30,8 @@ def check_split(config: HiddenKeyConfig | str | None) -> None:
     for name, part in (("attention", config.attention), ("hidden", config.hidden)):
         if part is not None and part.pattern == "span" and (part.rate > 0 or any(config.rate_pattern.values())):
             raise ConfigError(
-                f"a span is drawn in a whole document, and too_long='split' cuts documents (got {name} pattern 'span'); "
-                "use too_long='truncate', or another pattern"
+                f"a span is drawn in a whole document, and {cutter} cuts documents (got {name} pattern 'span'); "
+                f"use {instead}, or another pattern"
             )
 
 

@@ -12,14 +12,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,9 @@ from .encode import Encoded, Encoder
 from .fingerprint import fingerprint
 from .store import TokenStore
 from .texts import BATCH, Texts
-from .workers import LostWorkerError
+from .workers import LostWorkerError, leave_with_parent
 
 logger = logging.getLogger(__name__)
-_LOOK = 0.5  # seconds between looks for the parent
 _AHEAD = 4  # batches a process that wait or are under way: enough to keep it busy, few enough to hold
 
 
@@ -161,22 +158,9 @@ def _start(encoder: Encoder) -> None:
     """Run once in every process. Ctrl-C is its parent's; threads it was copied without, so its tokenizer starts none."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    leave_with_parent()  # it would hold the cache's lock
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
-
-
-def _end_with_parent(parent: int) -> None:
-    """Leave when the parent is gone.
-
-    A killed one says nothing: who waits for work would wait, and hold the cache's lock it was forked with, for ever. The
-    sentinel alone is not enough: it is a pipe of the parent, and whatever else was forked there keeps it open.
-    """
-    process = multiprocessing.parent_process()
-    assert process is not None
-    while not wait([process.sentinel], _LOOK) and os.getppid() == parent:
-        pass
-    os._exit(1)
 
 
 def _work(batch: Any) -> Encoded:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError
+from ..loading.planned import check_split
 from .sample_ids import SAMPLE_ID
 
 CUTS_DOCUMENTS = ("wrapped", "bfd_split")
@@ -42,19 +43,10 @@ def check_cuts(args: Any, config: HiddenKeyConfig) -> None:
     strategy = getattr(args, "packing_strategy", None) if getattr(args, "packing", False) else None
     if strategy not in CUTS_DOCUMENTS:
         return
-    named = any(config.rate_pattern.values())
-    dropped = {
-        name: part.pattern
-        for name, part in (("attention", config.attention), ("hidden", config.hidden))
-        if part is not None and (part.rate > 0 or named)
-    }
-    for name, pattern in dropped.items():
-        if pattern == "span":
-            raise ConfigError(
-                f"a span is drawn in a whole document, and packing_strategy={strategy!r} cuts documents (got {name} "
-                "pattern 'span'); use packing_strategy='bfd', or another pattern"
-            )
-    if strategy == "wrapped" and dropped.get("attention") == "element":
+    check_split(config, f"packing_strategy={strategy!r}", "packing_strategy='bfd'")
+    part = config.attention
+    drops = part is not None and (part.rate > 0 or any(config.rate_pattern.values()))
+    if strategy == "wrapped" and drops and part is not None and part.pattern == "element":
         raise ConfigError(
             "packing_strategy='wrapped' lets the documents of a row attend to each other, and pairs of tokens of two "
             "documents have no mask (got attention pattern 'element'); use packing_strategy='bfd', or pattern='column'"

@@ -99,13 +99,18 @@ def score(method: str, task: str, model: str = "") -> tuple[float, float | None]
         >>> score("hiddenkey", "rte", model="some/Llama-2-7b")
         (90.25, None)
     """
-    if "llama" in model.lower():
+    if is_llama(model):
         value = LLAMA.get(method, {}).get(task)
         return None if value is None else (value, None)
     if task in ROBERTA.get(method, {}):
         return ROBERTA[method][task]
     value = OTHERS.get(method, {}).get(task)
     return None if value is None else (value, None)
+
+
+def is_llama(model: str) -> bool:
+    """Whether a model's name says that the paper's LLaMA stands beside it."""
+    return "llama" in model.lower()
 
 
 def texts(method: str, task: str, model: str = "") -> Mapping[str, float]:
@@ -115,7 +120,7 @@ def texts(method: str, task: str, model: str = "") -> Mapping[str, float]:
         >>> texts("hiddenkey", "e2e", model="some/Llama-2-7b")
         {'bleu': 69.02}
     """
-    return TEXTS.get(method, {}).get(f"{task} (LLaMA2-7B)" if "llama" in model.lower() else task, {})
+    return TEXTS.get(method, {}).get(f"{task} (LLaMA2-7B)" if is_llama(model) else task, {})
 
 
 def name_of(config: HiddenKeyConfig) -> str | None:

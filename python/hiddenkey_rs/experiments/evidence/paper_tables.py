@@ -60,7 +60,7 @@ def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str
             if task in known:
                 cells.append(_printed(paper.score(name, names[task], model)))
         rows.append((name if name == held[name] else f"{name} ({held[name]})", *cells))
-    theirs = "LLaMA2-7B" if "llama" in model.lower() else "RoBERTa-large"
+    theirs = "LLaMA2-7B" if paper.is_llama(model) else "RoBERTa-large"
     caption = (
         f"Ours: {model}, mean (standard deviation) over final seeds, setting and epoch chosen off the reported rows. The "
         f"paper's: {theirs} on whole training sets, median of 5 seeds (standard deviation), every cell the best of 6 to 8 "
@@ -99,7 +99,7 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
     caption = (
         f"Ours: {model}, mean (standard deviation) over final seeds, of texts generated at the chosen epoch for "
         f"{_sources([item for items in runs.values() for item in items])}. The paper's: "
-        f"{'LLaMA2-7B' if 'llama' in model.lower() else 'GPT2-Medium'}, mean of 3 seeds, on the whole test split; its ROUGE-L "
+        f"{'LLaMA2-7B' if paper.is_llama(model) else 'GPT2-Medium'}, mean of 3 seeds, on the whole test split; its ROUGE-L "
         "is the challenge's script's."
     )
     return Table(f"paper-{task}", f"As in the paper: {task}, generated texts", caption, tuple(columns), tuple(rows))

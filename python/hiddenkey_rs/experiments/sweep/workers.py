@@ -7,13 +7,13 @@ import multiprocessing
 import os
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from ...errors import HiddenKeyError
+from ...loading.workers import leave_with_parent
 from .lines import ResultLine
 from .plan import Trial
 
@@ -116,7 +116,7 @@ def attempt(trial: Trial, threads: int, plan: str, command: str, most: int | Non
 
 def _work(connection: Connection, threads: int, plan: str, command: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    leave_with_parent()  # a sweep that was killed leaves nothing behind that goes on for an hour
     while True:
         try:
             trial = connection.recv()
@@ -124,10 +124,3 @@ def _work(connection: Connection, threads: int, plan: str, command: str) -> None
             return
         connection.send(attempt(trial, threads, plan, command))
         gc.collect()  # a trainer and its model point at each other
-
-
-def _end_with(parent: int) -> None:
-    """A sweep that was killed leaves no process behind that goes on for an hour."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
