@@ -27,7 +27,9 @@ from .step_models import (
     DOUBLED,
     FULL,
     FULL_AGAIN,
+    FULL_KERNELS,
     MINUS,
+    MINUS_KERNELS,
     NONE,
     NONE_AGAIN,
     RDROP,
@@ -48,6 +50,9 @@ _COMPARED = (
     (MINUS, ADAPTER, 1.00, 1.00),
     (MINUS, NONE, 1.03, 1.03),
     (FULL, NONE, 1.50, 1.30),
+    (MINUS_KERNELS, ADAPTER, 1.00, 1.00),
+    (MINUS_KERNELS, NONE, 1.03, 1.03),
+    (FULL_KERNELS, NONE, 1.50, 1.30),
     (FULL_AGAIN, NONE_AGAIN, 1.40, 1.30),
     (RDROP, DOUBLED, 1.00, 1.00),
     (BOTH, DOUBLED, 1.00, 1.00),
@@ -57,7 +62,14 @@ _COMPARED = (
     (STOCK, NONE, None, None),
     (DOUBLED, NONE, None, None),
 )
-_MEMORY = ((MINUS, NONE, 1.02), (FULL, NONE, 1.10), (FULL_AGAIN, NONE_AGAIN, None), (BOTH, DOUBLED, None))
+_MEMORY = (
+    (MINUS, NONE, 1.02),
+    (FULL, NONE, 1.10),
+    (MINUS_KERNELS, NONE, 1.02),
+    (FULL_KERNELS, NONE, 1.10),
+    (FULL_AGAIN, NONE_AGAIN, None),
+    (BOTH, DOUBLED, None),
+)
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ def _model(sizes: Sizes, shape: Shape, threads: int, place: dict[str, Any]) -> I
         devices.say(f"step: {shape.label}, {threads} thread(s), {len(timed)} variants in turn")
         samples = _alternate(timed, sizes)
     if sizes.profile:
-        shown = [variant for variant in (NONE, ADAPTER, MINUS, FULL) if variant in timed]
+        shown = [variant for variant in (NONE, ADAPTER, MINUS, FULL, MINUS_KERNELS) if variant in timed]
         place = {**place, "profile": step_profile.profile({v: timed[v] for v in shown}, sizes.device)}
     decoder = shape.decoder
     for ours, peer, *limits in _COMPARED if sizes.times else ():

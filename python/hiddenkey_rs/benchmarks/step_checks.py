@@ -50,12 +50,13 @@ def _fault(
             return "it drops nothing"
         other = DOUBLED if variant.preset == "r-drop" else None
     else:
-        other = replace(variant, checkpointing=False, compiled=False)
+        impl = "reference" if variant.preset else "auto"
+        other = replace(variant, checkpointing=False, compiled=False, impl=impl)
     if other is None or (other == variant == NONE):
         return _undropped(runner, loss) if variant == NONE else None
     second = runners.get(other) if variant.preset is None or other == DOUBLED else None
     if second is None:
-        second = Runner(runner.shape, other, base, device, impl="reference" if other.preset else "auto")
+        second = Runner(runner.shape, other, base, device)
         if second.handle is not None:
             second.handle.record_masks(lambda mask: None)  # HiddenCut then goes through a mask, as the definition does
     expected = _seeded(second)

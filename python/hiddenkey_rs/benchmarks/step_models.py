@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from .. import ops
 from ..attachment import attach
 from ..config import Consistency, HiddenKeyConfig
 from ..errors import ConfigError
@@ -74,6 +75,7 @@ class Variant:
         doubled: R-Drop as its authors publish it: the batch twice, in a loop of one's own.
         checkpointing: activations are recomputed in backward.
         compiled: by ``torch.compile``.
+        impl: who computes attention and HiddenCut, as ``attach`` takes it.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Variant:
     doubled: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    impl: str = "auto"
 
     @property
     def config(self) -> HiddenKeyConfig | None:
@@ -102,6 +105,8 @@ FULL = Variant("HiddenKey", preset="hiddenkey")
 BOTH = Variant("HiddenKey, both branches", preset="hiddenkey", both=True)
 DOUBLED = Variant("R-Drop, doubled batch", stock=True, doubled=True)
 RDROP = Variant("r-drop preset", preset="r-drop", stock=True)
+MINUS_KERNELS = Variant("HiddenKey-, Triton", preset="hiddenkey-minus", impl="triton")
+FULL_KERNELS = Variant("HiddenKey, Triton", preset="hiddenkey", impl="triton")
 NONE_AGAIN = Variant("no dropout, checkpointing", checkpointing=True)
 FULL_AGAIN = Variant("HiddenKey, checkpointing", preset="hiddenkey", checkpointing=True)
 COMPILED = (
@@ -114,6 +119,8 @@ COMPILED = (
 def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
     """The variants of a model. Those whose steps are long, and that no goal is about, are left out on a CPU."""
     found = [NONE, ADAPTER, MINUS, FULL, DOUBLED, RDROP]
+    if ops.triton_attention.unable(torch.empty(0, device=device)) is None:
+        found += [MINUS_KERNELS, FULL_KERNELS]
     if not shape.decoder:
         found.insert(2, STOCK)
     if not shape.decoder or device != "cpu":
@@ -157,7 +164,7 @@ def make_batch(shape: Shape, device: str) -> Batch:
 class Runner:
     """One variant's model, optimiser and step."""
 
-    def __init__(self, shape: Shape, variant: Variant, base: nn.Module, device: str, impl: str = "auto") -> None:
+    def __init__(self, shape: Shape, variant: Variant, base: nn.Module, device: str) -> None:
         self.shape, self.variant, self.device = shape, variant, device
         frozen = {id(part): part for part in itertools.chain(base.parameters(), base.buffers())}
         model = copy.deepcopy(base, frozen)  # what the memo holds is shared, not copied
@@ -187,7 +194,8 @@ class Runner:
             )
             enable({"use_reentrant": False})
         config = variant.config
-        self.handle = attach(self.model, config, "keep" if stock else "off", impl) if config is not None else None
+        how = ("keep" if stock else "off", variant.impl)
+        self.handle = attach(self.model, config, *how) if config is not None else None
         self.call: Any = torch.compile(self.model) if variant.compiled else self.model
         self.batch = make_batch(shape, device)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
