@@ -155,7 +155,9 @@ def test_make_gpu_needs_cuda_and_can_be_rehearsed(tmp_path: Path) -> None:
     assert {row["bench"] for row in rows} == {"kernels", "hidden", "attention", "step"}
     assert all(row["checked"] for row in rows)
     steps = {row["case"].partition(", ")[2] for row in rows if row["bench"] == "step"}
-    assert {"HiddenKey-, Triton", "HiddenKey, Triton"} <= steps, "attached models through the kernels, compared and timed"
+    assert {"HiddenKey-, Triton", "HiddenKey, Triton"} <= steps, (
+        "attached models through the kernels, compared and timed"
+    )
     text = (tmp_path / "gpu_dry_run.md").read_text()
     assert "6 of 6 kernel checks right" in text
     assert "| element dropattention" in text
