@@ -29,6 +29,15 @@ def model() -> tf.PreTrainedModel:
         (hk.HiddenKeyConfig(layers=[7]), "7"),
         (hk.HiddenKeyConfig(layers=["decoder.0"]), "decoder.0"),
         (hk.HiddenKeyConfig(rate_pattern={"nowhere": 0.2}), "nowhere"),
+        (
+            hk.HiddenKeyConfig(layers=[1], rate_pattern={r"layer\.0": 0.2}),
+            r"drop nothing \(got 'layer\\\\.0': 0.2, layers=\(1,\)\)",
+        ),
+        (
+            hk.HiddenKeyConfig(hidden=None, rate_pattern={r"output\.dense": 0.2}),
+            "matches only layers and modules that drop nothing",
+        ),
+        (hk.HiddenKeyConfig(rate_pattern={"classifier": 0.2}), "matches only layers and modules that drop nothing"),
     ],
 )
 def test_a_config_that_does_not_fit_leaves_the_model_untouched(model, config, message) -> None:
@@ -174,8 +183,12 @@ def test_a_training_pass_outside_a_step(model) -> None:
 def test_labels_missing(model) -> None:
     handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
     batch = {name: value for name, value in families.batch("bert").items() if name != "labels"}
-    with handle.step(0, [0, 1, 2]), pytest.raises(hk.DataError, match="the loss needs labels"):
+    message = r"the loss needs labels \(got a batch with input_ids, attention_mask\); pass labels"
+    with handle.step(0, [0, 1, 2]), pytest.raises(hk.DataError, match=message):
         handle.loss(**batch)
+    answers = {**batch, "start_positions": torch.zeros(3), "end_positions": torch.ones(3)}
+    with handle.step(0, [0, 1, 2]), pytest.raises(hk.DataError, match=r"call the model inside handle.step\(\)"):
+        handle.loss(**answers)
 
 
 def test_consistency_where_nothing_differs(model) -> None:

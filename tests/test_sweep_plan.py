@@ -73,7 +73,7 @@ def test_a_curve_may_vary_the_scale_of_the_learning_rate(tmp_path: Path) -> None
     assert curve[0].config.lora_dropout == 0.2
 
 
-@pytest.mark.parametrize(("seeds", "least"), [(range(6), 2 * 2**-5), (range(7), 2 * 2**-6), (range(1), 1.0)])
+@pytest.mark.parametrize(("seeds", "least"), [(range(5, 11), 2 * 2**-5), (range(5, 12), 2 * 2**-6), (range(5, 6), 1.0)])
 def test_the_smallest_p_of_a_family_is_known_beforehand(seeds: range, least: float, tmp_path: Path) -> None:
     text = PLAN.replace("final_seeds: [5, 6]", f"final_seeds: {list(seeds)}").replace("final_seeds: 1, ", "")
     assert load_plan(write(tmp_path, text)).least_p() == least  # one comparison on two tasks
@@ -114,6 +114,12 @@ BAD = [
     ("name: p", "nmae: p", r"unknown key in the plan 'nmae' \(got .*line 1\); did you mean 'name'"),
     ("select_rows: 20", "select_rows: 0", r"select_rows is 0 \(got .*line 2\)"),
     ("search_seeds: [0, 1]", "search_seeds: [0, 0]", r"protocol.search_seeds is no list of different seeds .*line 2"),
+    (
+        "final_seeds: [5, 6]",
+        "final_seeds: [5, 1]",
+        r"final_seeds holds 1, a seed that settings .*line 2\); give final runs",
+    ),
+    ("search_seeds: [0, 1], final_seeds: [5, 6]", "search_seeds: [7, 100]", r"final_seeds holds 100.*line 2"),
     ("search_seeds: [0, 1]", "select_by: matthews", r"the metric 'matthews' does not fit the task small .*line 2"),
     ("search_seeds: [0, 1]", "looks: 0", r"looks is 0 .*line 2\); give a whole number from 1 up"),
     ("search_seeds: [0, 1]", "generate: -1", r"generate is -1 .*line 2"),

@@ -290,3 +290,12 @@ def test_torchs_own_dropout_on_other_ranks_is_spoken_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_about_generators(str(tmp_path), 1, model_draws=True)
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tf.TrainingArguments, "n_gpu", property(lambda self: 2))
+    model = families.build("bert")
+    arguments = tf.TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    with pytest.raises(hk.ConfigError, match=r"copies of the model.*got 2 devices\); start it with torchrun"):
+        hk.HiddenKeyTrainer(model=model, args=arguments, config=hk.HiddenKeyConfig(), stock_dropout="off")
+    assert model.config._attn_implementation == "sdpa", "nothing stays attached"

@@ -9,6 +9,7 @@ import torch
 import families
 import hiddenkey_rs as hk
 from hiddenkey_rs import losses
+from hiddenkey_rs.attachment import two_pass
 
 IDS = np.array([3, 9, 27])
 
@@ -112,6 +113,7 @@ def test_regression_compares_pooled_representations(family: str) -> None:
 
     model_class = {"llama": "LlamaForSequenceClassification", "bart": "BartForSequenceClassification"}
     config_name, name, arguments = families.FAMILIES[family]
+    arguments = {**arguments, "pad_token_id": 1}  # what the batch is padded with
     shape = getattr(tf, config_name)(vocab_size=97, num_labels=1, problem_type="regression", **arguments)
     torch.manual_seed(0)
     model = getattr(tf, model_class.get(family, name))(shape).train()
@@ -135,6 +137,32 @@ def test_regression_compares_pooled_representations(family: str) -> None:
     with handle.step(5, IDS):
         handle.loss(**batch)
     torch.testing.assert_close(handle.last.consistency, losses.kl(*pooled).mean().detach())
+    if family == "llama":  # without a mask the head still tells padding by its id
+        hidden, last = head_inputs[0], batch["attention_mask"].sum(1) - 1
+        unmasked = {"input_ids": batch["input_ids"]}
+        assert torch.equal(two_pass._pooled(handle, unmasked, hidden), hidden[torch.arange(3), last])
+        model.config.pad_token_id = None
+        assert torch.equal(two_pass._pooled(handle, unmasked, hidden), hidden[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("family", "base", "shifts"),
+    [
+        ("llama", "LlamaForCausalLM", True),
+        ("gpt2", "GPT2LMHeadModel", True),
+        ("t5", "T5ForConditionalGeneration", False),
+        ("bert", "BertForMaskedLM", False),
+        ("bert", "BertForPreTraining", False),
+        ("llama", "LlamaForTokenClassification", False),
+    ],
+)
+def test_who_predicts_the_next_token(family: str, base: str, shifts: bool) -> None:
+    import transformers as tf
+
+    config_name, _, arguments = families.FAMILIES[family]
+    of_ones_own = type("Mine", (getattr(tf, base),), {})
+    model = of_ones_own(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
+    assert hk.attach(model, hk.HiddenKeyConfig(layers="all"), stock_dropout="off").shifts_labels is shifts
 
 
 def test_regression_by_mean_squared_error() -> None:

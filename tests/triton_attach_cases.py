@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import families
 import hiddenkey_rs as hk
@@ -81,6 +83,48 @@ def test_packed_rows_and_what_cannot_be_computed() -> None:
     with handle.step(0, documents):
         packed = handle.loss(**{**batch, "attention_mask": torch.tensor([[1] * 8 + [0]])})
     assert torch.isfinite(packed)
+    handle.detach()
     t5 = hk.attach(families.build("t5"), PATTERNS["hiddenkey"], stock_dropout="off", impl="triton")
     with t5.step(0, IDS), pytest.raises(hk.ConfigError, match="it has no additive bias"):
         t5.loss(**families.batch("t5"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_rows_that_a_collator_packed(family: str) -> None:
+    """No 2-D mask beside them, positions that restart: transformers says who sees whom by a mask of pairs, once."""
+    model, ids = families.build(family), torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    documents = [[4, 4, 4, 4, 4, 9, 9, 9, -1], [6, 6, 6, 8, 8, 8, 8, 8, 8]]
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0], [0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    labels = ids.masked_fill(torch.tensor(documents) < 0, -100)
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
+    masks, found = [], {}
+    for impl in ("reference", "triton"):
+        copied = copy.deepcopy(model)
+        handle = hk.attach(copied, PATTERNS["hiddenkey"], stock_dropout="off", impl=impl)
+        real = ALL_MASK_ATTENTION_FUNCTIONS["hiddenkey"]
+        for number in range(2):
+            copied.zero_grad()
+            seen: list[bool] = []
+            with patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, hiddenkey=_noting(real, seen)):
+                with handle.step(number, documents):
+                    loss = handle.loss(**batch)
+                loss.backward()
+            masks.append(any(seen))
+        found[impl] = (loss, {n: p.grad for n, p in copied.named_parameters() if p.grad is not None})
+        handle.detach()
+    assert masks == [True, True, True, False]
+    torch.testing.assert_close(found["triton"][0], found["reference"][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["triton"][1], found["reference"][1], rtol=2e-3, atol=2e-5)
+    handle = hk.attach(model, PATTERNS["hiddenkey"], stock_dropout="off", impl="triton")
+    for wrong in (documents[::-1], [[3] * 9, documents[1]], [[3] * 9, [5] * 9]):
+        with handle.step(0, wrong), pytest.raises(hk.ConfigError, match="sample ids do not say so"):
+            handle.loss(**batch)
+
+
+def _noting(real, seen: list[bool]):
+    def function(*args, **kwargs):
+        mask = real(*args, **kwargs)
+        seen.append(mask is not None)
+        return mask
+
+    return function

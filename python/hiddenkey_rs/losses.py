@@ -27,6 +27,14 @@ def consistency(kind: str, first: Tensor, second: Tensor, *, gradient: str = "on
         kind: ``"kl"``, ``"js"``, ``"jensen-shannon"`` or ``"mse"``, as :class:`~hiddenkey_rs.Consistency` has them.
         first: the gradient pass. second: the other pass; for ``"js"`` the one without any dropout.
         gradient: ``"one"`` detaches ``second``; ``"both"`` does not.
+
+    Raises:
+        ConfigError: an unknown kind or gradient.
+        DataError: rows of different shapes.
+
+    Example:
+        >>> consistency("kl", torch.zeros(2, 3), torch.zeros(2, 3))
+        tensor([0., 0.])
     """
     choice(kind, _KINDS, "consistency kind")
     choice(gradient, ("one", "both"), "consistency gradient")

@@ -175,6 +175,11 @@ class Handle:
         """Task loss plus consistency term of a batch (labels included), a scalar that backward() may follow.
 
         Runs the passes that the config's consistency asks for. The parts stand in :attr:`last`.
+
+        Raises:
+            DataError: no labels, or rows that are not those of the step.
+            StateError: detached, or outside a step.
+            ConfigError: a head that the consistency term has no meaning for.
         """
         return self.compute(batch).loss
 
@@ -194,6 +199,9 @@ class Handle:
                 by default they are means over this batch.
             model: what to call in place of the attached model, e.g. its DistributedDataParallel wrapper.
             task_loss: function of (outputs, labels) that replaces the model's own loss; a mean over the rows it is given.
+
+        Raises:
+            What :meth:`loss` raises; ConfigError: a ``model`` that runs copies of the attached one (DataParallel).
         """
         self._require_attached()
         self.session.require_step()

@@ -23,6 +23,8 @@ class Implementation:
         self.active = False
         self.maskless = False
         """Whether attention knows by itself what may attend to what, so that no mask of pairs is to be made."""
+        self.packed = False
+        """Whether that holds for the masks of packed rows in this pass, too: one of them was found to say the same."""
 
     def attach(self, maskless: bool = False) -> None:
         """Point the config at our functions."""
@@ -30,9 +32,9 @@ class Implementation:
         IMPLEMENTATIONS[id(self.config)] = self
         self.config._attn_implementation = NAME
 
-    def begin(self, active: bool) -> None:
+    def begin(self, active: bool, packed: bool = False) -> None:
         """A forward pass begins: ours if ``active``, the stock model's otherwise."""
-        self.active = active
+        self.active, self.packed = active, packed
         self.config._attn_implementation = NAME if active else self.original
 
     def end(self) -> None:

@@ -53,7 +53,9 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     implementation = None if compiling else IMPLEMENTATIONS.get(id(kwargs.get("config")))
     if implementation is not None and not implementation.active:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
-    if implementation is not None and implementation.maskless and _plain(**kwargs):
+    # transformers asks for vmap where a function of the caller's own had a part in the mask.
+    told = implementation is not None and implementation.packed and kwargs.get("use_vmap") is False
+    if implementation is not None and implementation.maskless and (told or _plain(**kwargs)):
         return None
     padding = _padding_mask(**kwargs)
     if padding is not None:

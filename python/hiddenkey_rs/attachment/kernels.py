@@ -54,16 +54,16 @@ def attend(
     query, key, value = tensors
     biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
     reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
-    if mask is not None:
+    cross = site.kind == "cross-attention"
+    causal = not cross and bool(getattr(module, "is_causal", False))
+    # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
+    width = None if cross else window
+    if mask is not None and (cross or not _says_the_documents(step, mask, causal, width)):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
     if not isinstance(step, StackPass):
         reason = "the model is compiled"
     if reason is not None or not isinstance(step, StackPass):
         raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
-    cross = site.kind == "cross-attention"
-    causal = not cross and bool(getattr(module, "is_causal", False))
-    # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
-    width = None if cross else window
     settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
     counted = drop is not None and step.counts(site)
     if drop is not None:
@@ -80,6 +80,32 @@ def attend(
         total = torch.tensor(query.shape[1] * pairs, device=query.device)
         step.count(site, depth, total - kept, total)
     return output
+
+
+def _says_the_documents(step: Pass, mask: Tensor, causal: bool, window: int | None) -> bool:
+    """Whether a mask allows exactly the pairs of the batch's documents, which the kernels keep to anyway.
+
+    Once one of packed rows did, :func:`.interface.hiddenkey_mask` has no more of them made.
+    """
+    if not isinstance(step, StackPass):
+        return False
+    if any(mask is known for known in step.agreed):  # layers share it
+        return True
+    document, real = step.tokens.document, step.tokens.real
+    length = document.shape[1]
+    if mask.dtype != torch.bool or mask.shape != (len(document), 1, length, length):
+        return False
+    said = (document[:, :, None] == document[:, None, :]) & real[:, :, None] & real[:, None, :]
+    if window is not None:
+        back = ops.sliding_window(length, length, window, device=mask.device)[0]
+        said &= back if causal else back | back.mT
+    elif causal:
+        said &= ops.causal(length, length, device=mask.device)[0]
+    if not bool(((mask[:, 0] == said) | ~real[:, :, None]).all()):
+        return False
+    step.agreed.append(mask)
+    step.apart = step.tokens.packed
+    return True
 
 
 def _allowed_pairs(rows: Tokens, columns: Tokens, causal: bool, window: int | None) -> int:

@@ -67,6 +67,8 @@ class StackPass:
         """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
         self.suspect = self.apart = False
         """Whether its first attention is to show that the documents of a row do not attend to each other; has shown it."""
+        self.agreed: list[Tensor] = []
+        """Masks of pairs that were found to say what the documents say; for the Triton kernels."""
         self.group_calls = 0
         self.reached: set[Site] = set()
         self.runs: dict[str, Documents] = {}

@@ -146,8 +146,9 @@ class Session:
             refuse(_DIRECT)
         # What replays need to find is of no use to a graph, and would make it depend on the step.
         if step is None or not compiling:
+            packed = self._apart and isinstance(step, StackPass) and step.tokens.packed
             for implementation in self.implementations:
-                implementation.begin(step is not None)
+                implementation.begin(step is not None, packed)
         if not compiling:
             for layer in stack.layers:
                 layer.current = None

@@ -44,7 +44,11 @@ def compute(
 ) -> LossOutput:
     """Both terms of a batch; see :meth:`Handle.compute`."""
     if batch.get("labels") is None:
-        raise DataError("the loss needs labels (got a batch without them); pass labels=... with the batch")
+        answers = "start_positions" in batch  # of question answering, whose head has no classes to compare either
+        mend = (
+            "call the model inside handle.step() and take its own loss" if answers else "pass labels=... with the batch"
+        )
+        raise DataError(f"the loss needs labels (got a batch with {', '.join(batch) or 'nothing'}); {mend}")
     part = handle.config.consistency
     part = None if part is None or part.weight == 0 else part
     idle = handle.session.require_step().idle
@@ -262,11 +266,14 @@ def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
     return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
 
 
+_NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
+"""Heads that predict the next token, by the names of their classes, and of those that a class of one's own is made of."""
+
+
 def shifts_labels(handle: Handle) -> bool:
     """Whether the head predicts the next token: labels then stand one position ahead of logits."""
-    name = type(handle.base).__name__
-    own = any(kind in name for kind in ("MaskedLM", "Classification", "MultipleChoice", "QuestionAnswering"))
-    return not (handle.base.config.is_encoder_decoder or own)
+    names = [kind.__name__ for kind in type(handle.base).__mro__]
+    return not handle.base.config.is_encoder_decoder and any(part in name for part in _NEXT_TOKEN for name in names)
 
 
 def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:
@@ -280,11 +287,12 @@ def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> T
         return features
     if handle.stacks[-1].role == "encoder":
         return features[:, 0]
-    mask = batch.get("attention_mask")
-    if mask is None:
+    # As transformers' heads choose: the last token that is not padding, which they know by its id.
+    ids, padding = batch.get("input_ids"), handle.base.config.get_text_config().pad_token_id
+    if ids is None or padding is None:
         return features[:, -1]
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    return features[torch.arange(len(features), device=mask.device), (positions * mask.ne(0)).argmax(dim=1)]
+    places = torch.arange(ids.shape[1], device=ids.device) * ids.ne(padding)
+    return features[torch.arange(len(features), device=ids.device), places.argmax(dim=1)]
 
 
 def _per_row(value: Any, batch: dict[str, Any]) -> bool:

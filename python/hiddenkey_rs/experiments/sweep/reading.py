@@ -107,7 +107,13 @@ class _Reader:
         if type(given.get("report_test", False)) is not bool:
             what = f"report_test is {given['report_test']!r}"
             raise self.source.error((*place, "report_test"), what, "write true or false")
-        return Protocol(**given)
+        protocol = Protocol(**given)
+        twice = sorted(set(protocol.search_seeds) & set(protocol.final_seeds))
+        if twice:
+            what = f"final_seeds holds {twice[0]}, a seed that settings are searched on"
+            at = "final_seeds" if "final_seeds" in given else "search_seeds"
+            raise self.source.error((*place, at), what, "give final runs seeds of their own")
+        return protocol
 
     def _selection_fits(self, protocol: Protocol, tasks: Mapping[str, Mapping[str, Any]]) -> None:
         by = protocol.select_by
