@@ -240,7 +240,9 @@ def test_label_smoothing_and_a_loss_of_ones_own(tmp_path: Path) -> None:
     smooth = trainer(tmp_path, rows("bert"), label_smoothing_factor=0.2, config="none", max_steps=1)
     batch = {"input_ids": torch.ones(3, 4, dtype=torch.long), "labels": torch.tensor([0, 1, 1])}
     logits = torch.tensor([[4.0, -2.0], [-1.0, 3.0], [2.0, 1.0]])
-    of_rows = smooth._task_loss()(tf.modeling_outputs.SequenceClassifierOutput(logits=logits), batch["labels"])
+    of_rows = smooth._task_loss(labelled=True)(
+        tf.modeling_outputs.SequenceClassifierOutput(logits=logits), batch["labels"]
+    )
     expected = torch.nn.functional.cross_entropy(logits, batch["labels"], label_smoothing=0.2)
     assert float(of_rows) == pytest.approx(float(expected))
     smooth.train()
@@ -308,3 +310,28 @@ def test_the_mixin_goes_in_front_of_other_trainers(tmp_path: Path) -> None:
     run = Mine(model=families.build("t5"), args=args, train_dataset=rows("t5"), config=CONFIG, stock_dropout="off")
     run.train()
     assert {"realised_rate_cross-attention", "realised_rate_decoder-attention"} <= run.state.log_history[0].keys()
+
+
+def test_question_answering(tmp_path: Path) -> None:
+    config_name, _, arguments = families.FAMILIES["bert"]
+    places = {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([4, 3, 2])}
+    batch = {name: value for name, value in families.batch("bert").items() if name != "labels"} | places
+    data = [{name: value[n % 3] for name, value in batch.items()} for n in range(12)]
+    found = []
+    for size, steps in ((6, 1), (2, 3)):
+        torch.manual_seed(0)
+        model = tf.BertForQuestionAnswering(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
+        run = trainer(
+            tmp_path / str(size),
+            data,
+            model,
+            eval_dataset=data[:3],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+        )
+        run.train()
+        assert all("consistency_loss" in entry for entry in run.state.log_history if "loss" in entry)
+        assert run.evaluate()["eval_loss"] > 0
+        found.append(weights(model))
+    assert furthest(*found) < 1e-4

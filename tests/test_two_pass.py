@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 import families
 import hiddenkey_rs as hk
 from hiddenkey_rs import losses
-from hiddenkey_rs.attachment import two_pass
+from hiddenkey_rs.attachment import compared
 
 IDS = np.array([3, 9, 27])
 
@@ -140,9 +142,78 @@ def test_regression_compares_pooled_representations(family: str) -> None:
     if family == "llama":  # without a mask the head still tells padding by its id
         hidden, last = head_inputs[0], batch["attention_mask"].sum(1) - 1
         unmasked = {"input_ids": batch["input_ids"]}
-        assert torch.equal(two_pass._pooled(handle, unmasked, hidden), hidden[torch.arange(3), last])
+        assert torch.equal(compared._pooled(handle, unmasked, hidden), hidden[torch.arange(3), last])
         model.config.pad_token_id = None
-        assert torch.equal(two_pass._pooled(handle, unmasked, hidden), hidden[:, -1])
+        assert torch.equal(compared._pooled(handle, unmasked, hidden), hidden[:, -1])
+
+
+def answering(family: str, part: hk.Consistency | None) -> tuple[hk.Handle, dict[str, torch.Tensor]]:
+    import transformers as tf
+
+    config_name, _, arguments = families.FAMILIES[family]
+    name = {"bert": "Bert", "llama": "Llama", "bart": "Bart"}[family] + "ForQuestionAnswering"
+    torch.manual_seed(0)
+    model = getattr(tf, name)(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
+    batch = families.batch("bert")
+    del batch["labels"]
+    batch |= {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([4, 3, 2])}
+    whole = hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.3), hk.HiddenDrop(rate=0.3), consistency=part, layers="all")
+    return hk.attach(model, whole, stock_dropout="off"), batch
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "bart"])
+def test_question_answering_compares_starts_and_ends(family: str) -> None:
+    handle, batch = answering(family, hk.Consistency("kl"))
+    real = batch["attention_mask"].bool()
+    passes = [branch(handle, number, batch) for number in (0, 1)]
+    expected = []
+    for row in range(3):
+        starts, ends = ([p[f"{side}_logits"][row, real[row]][None] for p in passes] for side in ("start", "end"))
+        expected.append((losses.kl(*starts) + losses.kl(*ends)) / 2)
+    with handle.step(5, IDS):
+        result = handle.compute(batch)
+        assert handle.count_items(batch) == 3
+    parts = []
+    for rows in (slice(0, 1), slice(1, 3)):
+        with handle.step(5, IDS[rows]):
+            parts.append(handle.compute({name: value[rows] for name, value in batch.items()}, num_items=3).loss)
+    torch.testing.assert_close(sum(parts), result.loss)
+    torch.testing.assert_close(result.task, passes[0].loss.detach())
+    torch.testing.assert_close(result.consistency, torch.cat(expected).mean().detach())
+    result.loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in handle.model.parameters() if p.grad is not None)
+    both, batch = answering(family, hk.Consistency("kl", gradient="both"))
+    with both.step(5, IDS):
+        doubled = both.compute(batch)
+    torch.testing.assert_close(doubled.consistency, result.consistency)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_choices_of_an_example_share_its_masks(compiled: bool) -> None:
+    import transformers as tf
+
+    config_name, _, arguments = families.FAMILIES["bert"]
+    torch.manual_seed(0)
+    model = tf.BertForMultipleChoice(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
+    whole = hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.3), hk.HiddenDrop(pattern="column", rate=0.3), layers="all")
+    handle = hk.attach(model, whole, stock_dropout="off")
+    one = families.batch("bert", rows=2)
+    labels = one.pop("labels")
+    batch = {name: torch.stack([value, value, value.flip(0)], dim=1) for name, value in one.items()}  # (2, 3, L)
+    if compiled:
+        model = torch.compile(model, backend="eager")
+    for gradient in ("one", "both"):
+        handle.config = replace(whole, consistency=hk.Consistency("kl", gradient=gradient))
+        with handle.step(5, [7, 8]):
+            result = handle.compute({**batch, "labels": labels}, model=model)
+            logits = result.outputs.logits
+        assert logits.shape == ((2 if gradient == "one" else 4), 3)
+        torch.testing.assert_close(logits[:, 0], logits[:, 1])  # equal choices, equal masks
+        assert float((logits[:, 0] - logits[:, 2]).abs().min()) > 0
+        assert float(result.consistency) > 0
+        if gradient == "one":
+            kept = result
+    torch.testing.assert_close(result.consistency, kept.consistency)
 
 
 @pytest.mark.parametrize(

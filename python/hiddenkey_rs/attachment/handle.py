@@ -16,7 +16,7 @@ from .. import ops
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError, StateError
 from ..serialise import choice
-from . import hooks, report, two_pass
+from . import compared, hooks, report, two_pass
 from .checks import base_model, check_model, check_plan, check_wrapper
 from .families import family_of
 from .head import head_of
@@ -96,7 +96,7 @@ class Handle:
         self.output = output_site(self.base)
         plan(config, self.stacks, self.output)
         check_plan(config, self.stacks)
-        two_pass.check_classes(self)
+        compared.check_classes(self)
         found = implementations(self.base)
         self.stock = StockDropout(self.base, stock_dropout)
         self._check_consistency()
@@ -111,7 +111,15 @@ class Handle:
             implementation.attach(maskless=self.impl == "triton")
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self.session = Session(
-            self.config.seed, self.stacks, attention, found, self.impl, self.drops, self.model, self.output
+            self.config.seed,
+            self.stacks,
+            attention,
+            found,
+            self.impl,
+            self.drops,
+            self.model,
+            self.output,
+            choices=compared.is_for("MultipleChoice", self.base),
         )
         self.sharing, self.head = Sharing(self), head_of(self)
         self._removers = hooks.install(self.session, self.stacks, self.output, self.head)
@@ -156,7 +164,8 @@ class Handle:
             step: the optimiser step, 0 <= step < 2**32; the same for all micro-batches of an accumulation.
             sample_ids: the examples' ids in the data set, integers in [0, 2**40): shape (batch,), or
                 (batch, length) with -1 for padding when rows are packed. A single -1 is a padding row, for a rank that
-                has none of a step's rows: its passes run, its losses and rates have weight zero.
+                has none of a step's rows: its passes run, its losses and rates have weight zero. Under a
+                multiple-choice head an example's choices have its one id, and drop the same.
             positions: only for packed rows that hold parts of split documents: each token's position in its
                 document, (batch, length).
 
@@ -214,12 +223,12 @@ class Handle:
 
         A padding row, known by ``batch["sample_id"]``, carries none.
         """
-        return two_pass.count_items(self, batch)
+        return compared.count_items(self, batch)
 
     @property
     def shifts_labels(self) -> bool:
         """Whether the head predicts the next token, so that labels stand one position ahead of logits."""
-        return two_pass.shifts_labels(self)
+        return compared.shifts_labels(self)
 
     # -- what is known --------------------------------------------------------------------------------------------
 

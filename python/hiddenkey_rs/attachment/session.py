@@ -63,9 +63,12 @@ class Session:
         drops: bool,
         model: nn.Module,
         output: Site | None,
+        choices: bool,
     ) -> None:
         self.seed, self.stacks, self.attention, self.impl, self.drops = seed, stacks, attention, impl, drops
         self.implementations, self.output = implementations, output
+        self.choices = choices
+        """Whether an example is several rows, the choices that its head compares."""
         # Weakly: the hooks hold the session, so it would keep its model until the cycle collector comes by.
         self._model = ref(model)
         self.active: ActiveStep | None = None
@@ -199,6 +202,13 @@ class Session:
 
     def _prepare(self, number: int, batch: dict[str, Any]) -> PreparedPass:
         stack = self.stacks[number]
+        if self.choices:  # as the model lays them out
+            laid = {
+                name: value.flatten(0, 1)
+                for name, value in batch.items()
+                if isinstance(value, Tensor) and value.dim() > 2
+            }
+            batch = batch | laid
         step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1))
         if step.suspect:
             _check_told_apart(stack, step, batch)
@@ -302,7 +312,10 @@ class Session:
         mask = inputs.get("attention_mask")
         if mask is None and stack.role == "decoder":
             mask = self.target_mask
-        return from_rows(active.samples, _real(mask, embeds), active.branches)
+        samples = active.samples
+        if self.choices:
+            samples = np.repeat(samples, max(embeds.shape[0] // max(len(samples) * len(active.branches), 1), 1))
+        return from_rows(samples, _real(mask, embeds), active.branches)
 
     def _prove_reached(self, stack: Stack, reached: set[Site], alone: bool) -> None:
         """After the first pass: every site that should drop was called, or the model does not do what it seems to."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .passes import Pass
 
 ATTENTION_KINDS = ("attention", "cross-attention")
-_HEADS = ("classifier", "score", "classification_head")
+_HEADS = ("classifier", "score", "classification_head", "qa_outputs")
 
 
 @dataclass(frozen=True)

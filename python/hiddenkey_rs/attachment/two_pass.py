@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..config import Consistency
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .checks import on_compiled
+from .compared import compared_rows, compares_features, count_items, shifts_labels, targets
 from .head import Head, token_losses, without_logits
 from .sharded import gathered
 
@@ -43,28 +44,31 @@ def compute(
     handle: Handle, model: nn.Module, batch: dict[str, Any], num_items: Any, task_loss: TaskLoss | None = None
 ) -> LossOutput:
     """Both terms of a batch; see :meth:`Handle.compute`."""
-    if batch.get("labels") is None:
-        answers = "start_positions" in batch  # of question answering, whose head has no classes to compare either
-        mend = (
-            "call the model inside handle.step() and take its own loss" if answers else "pass labels=... with the batch"
+    labels = targets(batch)
+    if labels is None:
+        raise DataError(
+            f"the loss needs labels (got a batch with {', '.join(batch) or 'nothing'}); pass labels=... with the batch, or "
+            "start_positions and end_positions"
         )
-        raise DataError(f"the loss needs labels (got a batch with {', '.join(batch) or 'nothing'}); {mend}")
     part = handle.config.consistency
     part = None if part is None or part.weight == 0 else part
     idle = handle.session.require_step().idle
     items = 0 if idle else count_items(handle, batch)
-    if idle and batch["labels"].dim() == 2 and not batch["labels"].is_floating_point():
-        batch = {**batch, "labels": torch.full_like(batch["labels"], losses.IGNORED)}
-    if handle.head is not None and task_loss is None and batch["labels"].dim() == 2:
+    if idle and labels.dim() == 2 and not labels.is_floating_point():
+        batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
+    if handle.head is not None and task_loss is None and labels.dim() == 2:
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
     nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
     if nothing:  # a mean over nothing is NaN, and so is its gradient
-        zero = 0.0 * passes.outputs.logits.sum()
+        zero = 0.0 * _logits(passes.outputs).sum()
         return LossOutput(zero, zero.detach(), None if part is None else zero.detach(), passes.outputs)
     per_row = None
     if part is not None and passes.second is not None:
         per_row = losses.consistency(part.kind, passes.first, passes.second, gradient=part.gradient)
+        per_row = (
+            per_row.mean(dim=1) if per_row.dim() == 2 else per_row
+        )  # as the task's loss: of an answer's start and end
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
     task = passes.outputs.loss if task_loss is None else task_loss(passes.outputs, passes.labels)
     if num_items is not None:
@@ -110,7 +114,7 @@ class _Passes:
     first: Any
     second: Any
     outputs: Any
-    labels: Tensor
+    labels: Any
 
 
 _ONE_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -128,8 +132,8 @@ def _passes(
     run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
     if part is None:
         outputs, features = run(batch)
-        return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch["labels"])
-    compared = rows or (lambda batch, outputs, features: _rows(handle, part, batch, outputs, features))
+        return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, targets(batch))
+    compared = rows or (lambda batch, outputs, features: compared_rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
         doubled = {
             name: torch.cat([value, value]) if _per_row(value, batch) else value
@@ -138,7 +142,7 @@ def _passes(
         }
         with handle.session.branches((0, 1)):
             outputs, features = run(doubled)
-        return _halves(compared(doubled, outputs, features), outputs, doubled["labels"])
+        return _halves(compared(doubled, outputs, features), outputs, targets(doubled))
     if compiled or not handle.sharing.layers:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
@@ -148,10 +152,10 @@ def _passes(
             outputs, features = run(batch)
         with handle.sharing.skipping():
             second = _second_pass(handle, model, part, batch, compared, run)
-    return _Passes(compared(batch, outputs, features), second, outputs, batch["labels"])
+    return _Passes(compared(batch, outputs, features), second, outputs, targets(batch))
 
 
-def _halves(rows: Any, outputs: Any, labels: Tensor) -> _Passes:
+def _halves(rows: Any, outputs: Any, labels: Tensor | None) -> _Passes:
     """The two branches of a doubled batch."""
     if isinstance(rows, tuple):
         (first, second), (one, two) = (part.chunk(2) for part in rows)
@@ -176,7 +180,7 @@ def _run(
 ) -> tuple[Any, Tensor | None]:
     """One forward pass, and what the head received where that is compared, or where tokens' losses are made of it."""
     session = handle.session
-    session.capture, session.features = _compares_features(handle), None
+    session.capture, session.features = compares_features(handle), None
     session.target_mask = _target_mask(handle, batch)
     try:
         if on_tokens:
@@ -201,9 +205,10 @@ def _without_labels(handle: Handle, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
     """The targets' real tokens, for an encoder-decoder whose batch brings no decoder mask: up to the last label."""
-    labels: Tensor = batch["labels"]
+    labels = batch.get("labels")
     if (
-        not handle.base.config.is_encoder_decoder
+        labels is None
+        or not handle.base.config.is_encoder_decoder
         or batch.get("decoder_attention_mask") is not None
         or labels.dim() != 2
     ):
@@ -211,92 +216,14 @@ def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
     return labels.ne(losses.IGNORED).flip(1).cumsum(1).flip(1).ne(0)
 
 
-def _compares_features(handle: Handle) -> bool:
-    part = handle.config.consistency
-    return part is not None and part.kind != "mse" and _regression(handle)
-
-
-def check_classes(handle: Handle) -> None:
-    """A :class:`ConfigError` where the consistency term would compare what is no distribution over classes."""
-    # Asked again with every batch: transformers finds the type out by the labels of the first one.
-    if handle.config.consistency is not None and handle.base.config.problem_type == "multi_label_classification":
-        raise ConfigError(
-            "a consistency term compares distributions over classes, and a multi-label head has none "
-            "(got problem_type 'multi_label_classification'); set consistency=None"
-        )
-
-
-def _regression(handle: Handle) -> bool:
-    config = handle.base.config
-    return bool(config.problem_type == "regression" or (config.problem_type is None and _single_output(handle)))
-
-
-def _single_output(handle: Handle) -> bool:
-    return "SequenceClassification" in type(handle.base).__name__ and handle.base.config.num_labels == 1
-
-
-def _rows(handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any, features: Tensor | None) -> Tensor:
-    """The rows whose distributions (or values, for ``mse``) the consistency term compares: (N, classes)."""
-    check_classes(handle)
-    if _compares_features(handle):
-        return _pooled(handle, batch, features)
-    logits = outputs.logits if "logits" in outputs else None
-    if logits is None:
-        raise ConfigError(
-            f"a consistency term needs the model's logits (got {type(outputs).__name__} without them); "
-            "set consistency=None for this head"
-        )
-    if part.kind == "mse" and not _regression(handle):
-        raise ConfigError(
-            "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
-            "task); use kind='kl'"
-        )
-    if logits.dim() == 2:
-        return logits
-    return losses.token_rows(logits, batch["labels"], shift=shifts_labels(handle))
-
-
-def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
-    """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
-    labels, ids = batch["labels"], batch.get("sample_id")
-    if ids is not None and ids.numel() == 1 and int(ids) < 0:
-        return 0
-    if labels.dim() < 2 or "SequenceClassification" in type(handle.base).__name__:
-        return labels.shape[0]
-    return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
-
-
-_NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
-"""Heads that predict the next token, by the names of their classes, and of those that a class of one's own is made of."""
-
-
-def shifts_labels(handle: Handle) -> bool:
-    """Whether the head predicts the next token: labels then stand one position ahead of logits."""
-    names = [kind.__name__ for kind in type(handle.base).__mro__]
-    return not handle.base.config.is_encoder_decoder and any(part in name for part in _NEXT_TOKEN for name in names)
-
-
-def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:
-    """Regression compares the pooled last-layer representation: what the head receives, or the token it will take."""
-    if features is None:
-        raise ConfigError(
-            f"the regression head was not found, so there is no representation to compare (got "
-            f"{type(handle.base).__name__}); use Consistency(kind='mse')"
-        )
-    if features.dim() == 2:
-        return features
-    if handle.stacks[-1].role == "encoder":
-        return features[:, 0]
-    # As transformers' heads choose: the last token that is not padding, which they know by its id.
-    ids, padding = batch.get("input_ids"), handle.base.config.get_text_config().pad_token_id
-    if ids is None or padding is None:
-        return features[:, -1]
-    places = torch.arange(ids.shape[1], device=ids.device) * ids.ne(padding)
-    return features[torch.arange(len(features), device=ids.device), places.argmax(dim=1)]
+def _logits(outputs: Any) -> Tensor:
+    found: Tensor = outputs.start_logits + outputs.end_logits if "start_logits" in outputs else outputs.logits
+    return found
 
 
 def _per_row(value: Any, batch: dict[str, Any]) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch["labels"].shape[0]
+    labels = targets(batch)
+    return labels is not None and isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(labels)
 
 
 @contextmanager

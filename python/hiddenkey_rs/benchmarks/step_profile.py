@@ -50,7 +50,7 @@ _FUNCTIONS = {
     ("attachment.hooks", "", "_cut"): "HiddenCut",
     ("attachment.two_pass", "", "_second_pass"): _SECOND,
     ("attachment.two_pass", "", "token_losses"): "loss head",
-    ("attachment.two_pass", "", "_rows"): "consistency",
+    ("attachment.two_pass", "", "compared_rows"): "consistency",
     ("losses", "", "consistency"): "consistency",
     ("losses", "", "reduce"): "consistency",
 }

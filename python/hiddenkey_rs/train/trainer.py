@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from ..attachment import Handle, attach
+from ..attachment.compared import targets
 from ..config import HiddenKeyConfig
 from ..loading.collator import PLAN
 from ..loading.planned import check_split
@@ -132,7 +133,7 @@ class HiddenKeyTrainerMixin:
         """The micro-batches of one optimiser step, and how many rows of all of them carry loss (on every rank)."""
         # Not the Trainer's own way: it asks the other ranks only where there is a batch, so one without would hang.
         batches = list(islice(epoch_iterator, num_batches))
-        counts = [self.handle.count_items(batch) for batch in batches if batch.get("labels") is not None]
+        counts = [self.handle.count_items(batch) for batch in batches if targets(batch) is not None]
         total = torch.as_tensor(sum(counts), device=device)
         if self._scale() > 1:
             mine = torch.stack([total, torch.full_like(total, len(batches))])
@@ -159,20 +160,22 @@ class HiddenKeyTrainerMixin:
         if sample_ids is not None and sample_ids.dim() == 2 and self.handle.stacks[-1].role == "decoder":
             inputs["use_cache"] = False  # with a cache, transformers lets packed examples see each other
         with self.handle.step(self.state.global_step, sample_ids, positions):  # type: ignore[attr-defined]
-            result = self.handle.compute(inputs, num_items_in_batch, model=model, task_loss=self._task_loss())
+            result = self.handle.compute(
+                inputs, num_items_in_batch, model=model, task_loss=self._task_loss("labels" in inputs)
+            )
         self._note("task_loss", result.task)
         if result.consistency is not None:
             self._note("consistency_loss", result.consistency)
         loss = result.loss * self._scale()
         return (loss, result.outputs) if return_outputs else loss
 
-    def _task_loss(self) -> Any:
+    def _task_loss(self, labelled: bool) -> Any:
         """The user's own loss or label smoothing, as a function of (outputs, labels); ``None`` = the model's loss."""
         custom = self.compute_loss_func  # type: ignore[attr-defined]
-        if custom is not None:
-            return lambda outputs, labels: custom(outputs, labels, num_items_in_batch=None)
+        if custom is not None:  # as the Trainer calls it where targets have other names
+            return lambda outputs, labels: custom(outputs, labels if labelled else None, num_items_in_batch=None)
         smoother = self.label_smoother  # type: ignore[attr-defined]
-        if smoother is not None:
+        if smoother is not None and labelled:
             return lambda outputs, labels: smoother(outputs, labels, shift_labels=self.handle.shifts_labels)
         return None
 

@@ -1,0 +1,128 @@
+"""What a batch's loss is about: its targets, how many of them count, and the rows that the consistency term compares.
+
+Classes of a row or of every token that carries loss, an answer's start and end, or, for regression, what its head receives.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..config import Consistency
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .handle import Handle
+
+
+def targets(batch: dict[str, Any]) -> Tensor | None:
+    """What the task's loss compares with: labels, or where answers start (one a row, as where they end)."""
+    labels = batch.get("labels")
+    return batch.get("start_positions") if labels is None else labels
+
+
+def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
+    """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
+    labels, ids = targets(batch), batch.get("sample_id")
+    if labels is None or (ids is not None and ids.numel() == 1 and int(ids) < 0):
+        return 0
+    if labels.dim() < 2 or is_for("SequenceClassification", handle.base):
+        return labels.shape[0]
+    return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
+
+
+_NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
+"""Heads that predict the next token."""
+
+
+def shifts_labels(handle: Handle) -> bool:
+    """Whether the head predicts the next token: labels then stand one position ahead of logits."""
+    return not handle.base.config.is_encoder_decoder and any(is_for(part, handle.base) for part in _NEXT_TOKEN)
+
+
+def is_for(task: str, model: nn.Module) -> bool:
+    """Whether the model, or a class that its own was made of, is named for a task, as transformers' heads are."""
+    return any(task in kind.__name__ for kind in type(model).__mro__)
+
+
+def compares_features(handle: Handle) -> bool:
+    """Whether the consistency term compares what a regression head receives, softmax over its features."""
+    part = handle.config.consistency
+    return part is not None and part.kind != "mse" and _regression(handle)
+
+
+def check_classes(handle: Handle) -> None:
+    """A :class:`ConfigError` where the consistency term would compare what is no distribution over classes."""
+    # Asked again with every batch: transformers finds the type out by the labels of the first one.
+    if handle.config.consistency is not None and handle.base.config.problem_type == "multi_label_classification":
+        raise ConfigError(
+            "a consistency term compares distributions over classes, and a multi-label head has none "
+            "(got problem_type 'multi_label_classification'); set consistency=None"
+        )
+
+
+def _regression(handle: Handle) -> bool:
+    config = handle.base.config
+    return bool(config.problem_type == "regression" or (config.problem_type is None and _single_output(handle)))
+
+
+def _single_output(handle: Handle) -> bool:
+    return is_for("SequenceClassification", handle.base) and handle.base.config.num_labels == 1
+
+
+def compared_rows(
+    handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any, features: Tensor | None
+) -> Tensor:
+    """The rows whose distributions (or values, for ``mse``) the consistency term compares: (N, classes)."""
+    check_classes(handle)
+    if compares_features(handle):
+        return _pooled(handle, batch, features)
+    if part.kind != "mse" and "start_logits" in outputs:
+        return _answers(batch, outputs)
+    logits = outputs.logits if "logits" in outputs else None
+    if logits is None:
+        raise ConfigError(
+            f"a consistency term needs the model's logits (got {type(outputs).__name__} without them); "
+            "set consistency=None for this head"
+        )
+    if part.kind == "mse" and not _regression(handle):
+        raise ConfigError(
+            "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
+            "task); use kind='kl'"
+        )
+    if logits.dim() == 2:
+        return logits
+    return losses.token_rows(logits, batch["labels"], shift=shifts_labels(handle))
+
+
+def _answers(batch: dict[str, Any], outputs: Any) -> Tensor:
+    """Where an answer starts and ends, each a distribution over the row's real tokens: (B, 2, L)."""
+    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+    real = batch.get("attention_mask")
+    return logits if real is None else logits.masked_fill(real[:, None].eq(0), _NOWHERE)
+
+
+_NOWHERE = -1e30
+"""A logit without weight: subtracting any number from it changes no bit, so that it adds nothing to a divergence."""
+
+
+def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:
+    """Regression compares the pooled last-layer representation: what the head receives, or the token it will take."""
+    if features is None:
+        raise ConfigError(
+            f"the regression head was not found, so there is no representation to compare (got "
+            f"{type(handle.base).__name__}); use Consistency(kind='mse')"
+        )
+    if features.dim() == 2:
+        return features
+    if handle.stacks[-1].role == "encoder":
+        return features[:, 0]
+    # As transformers' heads choose: the last token that is not padding, which they know by its id.
+    ids, padding = batch.get("input_ids"), handle.base.config.get_text_config().pad_token_id
+    if ids is None or padding is None:
+        return features[:, -1]
+    places = torch.arange(ids.shape[1], device=ids.device) * ids.ne(padding)
+    return features[torch.arange(len(features), device=ids.device), places.argmax(dim=1)]
