@@ -27,16 +27,22 @@ STEP, SEED = 7, 1234
 
 # The last linear layer of each family's FFN, by the end of its name: zero it and the FFN outputs zero.
 FFN_OUTPUT = {
-    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra"], r".output.dense"),
+    **dict.fromkeys(FAMILIES, ".mlp.down_proj"),
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "electra", "camembert", "xlm-roberta-xl"], r".output.dense"),
+    **dict.fromkeys(["roberta-prelayernorm", "ernie", "data2vec-text"], r".output.dense"),
     "distilbert": ".ffn.lin2",
     "albert": ".ffn_output",
     "modernbert": ".mlp.Wo",
     "gpt2": ".mlp.c_proj",
     "gpt_neox": ".mlp.dense_4h_to_h",
-    **dict.fromkeys(["opt", "bart"], ".fc2"),
-    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "phi3"], ".mlp.down_proj"),
-    **dict.fromkeys(["mixtral", "gpt_oss"], ".mlp.experts"),
-    "t5": ".DenseReluDense.wo",
+    "opt": ".fc2",
+    **dict.fromkeys(["mixtral", "gpt_oss", "qwen3_moe"], ".mlp.experts"),
+    "qwen2_moe": (".mlp.experts", ".shared_expert.down_proj"),
+    "deepseek_v3": (".mlp.experts", ".mlp.shared_experts.down_proj", ".mlp.down_proj"),
+    "phi": ".mlp.fc2",
+    "starcoder2": ".mlp.c_proj",
+    **dict.fromkeys(ENCODER_DECODERS, ".fc2"),
+    **dict.fromkeys(["t5", "mt5"], ".DenseReluDense.wo"),
 }
 
 
@@ -140,17 +146,28 @@ def test_dropped_columns_equal_the_reference_forward_and_gradient(family: str, m
     assert set(slow.calls.values()) == {families.LAYERS}
 
 
+def ffn_outputs(model: nn.Module, family: str) -> list[nn.Parameter]:
+    """The weights of the last linear layer of every FFN."""
+    return [
+        parameter
+        for name, module in model.named_modules()
+        if name.endswith(FFN_OUTPUT[family]) and not name.endswith("attention.output.dense")
+        for parameter in module.parameters()
+    ]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hiddencut_acts_on_the_ffn_output_before_the_residual(family: str) -> None:
     """Dropping every token vector equals an FFN whose last linear layer is zero."""
     model = off(families.build(family))
     batch = families.batch(family)
+    with torch.no_grad():
+        for parameter in ffn_outputs(model, family):
+            parameter.mul_(100.0)  # as they begin, an FFN hardly shows in the loss
     twin = copy.deepcopy(model)
-    for name, module in twin.named_modules():
-        is_output = name.endswith(FFN_OUTPUT[family]) and not name.endswith("attention.output.dense")
-        if is_output:
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+    undropped = model(**batch).loss
+    for parameter in ffn_outputs(twin, family):
+        nn.init.zeros_(parameter)
     cut = hk.HiddenDrop(pattern="column", rate=1 - 2**-16)
     handle = hk.attach(model, config(hidden=cut), stock_dropout="off")
     drawn: list[bool] = []
@@ -159,8 +176,7 @@ def test_hiddencut_acts_on_the_ffn_output_before_the_residual(family: str) -> No
         loss = model(**batch).loss
     assert not any(drawn), "the rate leaves one decision in 65536: choose another step"
     torch.testing.assert_close(loss, twin(**batch).loss, rtol=1e-5, atol=1e-6)
-    plain = copy.deepcopy(twin)
-    torch.testing.assert_close(plain(**batch).loss, loss, rtol=1e-5, atol=1e-6)
+    assert abs(float(undropped - loss)) > 1e-4 * float(loss), "or the test sees no FFN"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -370,12 +386,14 @@ STOCK = {
     "opt": ["attention_dropout"],
     "bart": ["attention_dropout", "activation_dropout", "classifier_dropout"],
     "phi3": ["attention_dropout", "resid_pdrop", "embd_pdrop"],
-    **dict.fromkeys(["llama", "qwen3", "mistral", "gemma2", "mixtral", "gpt_oss"], ("attention_dropout",)),
 }
+STOCK |= {family: ["attention_dropout"] for family in (*DECODERS, "eurobert") if family not in (*STOCK, "gpt2")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_dropout_off_leaves_none_of_torchs_randomness(family: str) -> None:
+    if family == "ernie4_5":
+        pytest.skip("Ernie 4.5 has no dropout")
     model = families.build(family, **dict.fromkeys(STOCK.get(family, []), 0.5))
     batch = families.batch(family)
     handle = hk.attach(model, config(attention=hk.AttentionDrop(rate=RATE)), stock_dropout="keep")

@@ -42,13 +42,14 @@ def test_without_dropout_it_is_the_stock_loss(family: str, piece: int, monkeypat
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     twin, batch = copy.deepcopy(model), masked(family)
-    if family == "bart":
+    if hasattr(model, "final_logits_bias"):
         model.final_logits_bias += torch.arange(families.VOCABULARY) / 50
         twin.final_logits_bias += torch.arange(families.VOCABULARY) / 50
     expected = twin(**batch).loss
     expected.backward()
     handle = hk.attach(model, NONE, stock_dropout="off")
-    assert handle.head is not None
+    # Blenderbot and M2M100 alone cannot tell what their decoder reads from the labels.
+    assert (handle.head is None) is (family in ("blenderbot", "m2m_100"))
     with handle.step(0, IDS):
         loss = handle.loss(**batch)
     loss.backward()

@@ -188,6 +188,29 @@ def test_question_answering_compares_starts_and_ends(family: str) -> None:
     torch.testing.assert_close(doubled.consistency, result.consistency)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_token_classification_counts_labelled_tokens(family: str) -> None:
+    import transformers as tf
+
+    config_name, _, arguments = families.FAMILIES[family]
+    torch.manual_seed(0)
+    name = {"bert": "Bert", "llama": "Llama"}[family] + "ForTokenClassification"
+    model = getattr(tf, name)(getattr(tf, config_name)(vocab_size=97, num_labels=3, **arguments)).train()
+    whole = hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.3), hk.HiddenDrop(rate=0.3), layers="all")
+    handle = hk.attach(model, whole, stock_dropout="off")
+    batch = families.batch("bert")
+    batch["labels"] = (batch["input_ids"] % 3).masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"][0, :2] = -100
+    carries = batch["labels"] != -100
+    first, second = branch(handle, 0, batch), branch(handle, 1, batch)
+    with handle.step(5, IDS):
+        result = handle.compute(batch)
+        assert int(handle.count_items(batch)) == int(carries.sum())
+    torch.testing.assert_close(result.task, first.loss.detach())
+    expected = losses.kl(first.logits[carries], second.logits[carries]).mean()
+    torch.testing.assert_close(result.consistency, expected.detach())
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_choices_of_an_example_share_its_masks(compiled: bool) -> None:
     import transformers as tf

@@ -51,14 +51,80 @@ def _llama_like(prefix: str) -> tuple[StackSpec, ...]:
     return (StackSpec(f"{prefix}Model", "layers", "self_attn", "mlp", role="decoder"),)
 
 
+def _bart_like(prefix: str) -> tuple[StackSpec, ...]:
+    return (
+        StackSpec(f"{prefix}Encoder", "layers", "self_attn", "fc2", role="encoder"),
+        StackSpec(f"{prefix}Decoder", "layers", "self_attn", "fc2", "encoder_attn", role="decoder"),
+    )
+
+
+def _t5_like(prefix: str) -> tuple[StackSpec, ...]:
+    own, cross = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+    return (
+        StackSpec(f"{prefix}Stack", "block", own, "layer.1.DenseReluDense", role="encoder"),
+        StackSpec(f"{prefix}Stack", "block", own, "layer.2.DenseReluDense", cross, role="decoder"),
+    )
+
+
+_BERT_LIKE = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "xlm-roberta-xl": "XLMRobertaXL",
+    "roberta-prelayernorm": "RobertaPreLayerNorm",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "ernie": "Ernie",
+    "data2vec-text": "Data2VecText",
+}
+_LLAMA_LIKE = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "mistral": "Mistral",
+    "ministral": "Ministral",
+    "ministral3": "Ministral3",
+    "mixtral": "Mixtral",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3Text",
+    "phi": "Phi",
+    "phi3": "Phi3",
+    "smollm3": "SmolLM3",
+    "olmo": "Olmo",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "granite": "Granite",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "starcoder2": "Starcoder2",
+    "glm": "Glm",
+    "glm4": "Glm4",
+    "exaone4": "Exaone4",
+    "helium": "Helium",
+    "seed_oss": "SeedOss",
+    "ernie4_5": "Ernie4_5",
+    "apertus": "Apertus",
+    "deepseek_v3": "DeepseekV3",
+    "gpt_oss": "GptOss",
+}
+_BART_LIKE = {
+    "bart": "Bart",
+    "mbart": "MBart",
+    "pegasus": "Pegasus",
+    "marian": "Marian",
+    "m2m_100": "M2M100",
+    "blenderbot": "Blenderbot",
+    "plbart": "PLBart",
+}
+
 # The ALBERT entry's `layers` names one group's modules; `shared` names the group, whose calls count the depth.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("bert", _bert_like("Bert")),
-        Family("roberta", _bert_like("Roberta")),
-        Family("xlm-roberta", _bert_like("XLMRoberta")),
-        Family("electra", _bert_like("Electra")),
+        *(Family(model_type, _bert_like(prefix)) for model_type, prefix in _BERT_LIKE.items()),
         Family("distilbert", (StackSpec("DistilBertModel", "transformer.layer", "attention", "ffn", role="encoder"),)),
         Family(
             "albert",
@@ -73,39 +139,15 @@ FAMILIES: dict[str, Family] = {
                 ),
             ),
         ),
+        Family("eurobert", (StackSpec("EuroBertModel", "layers", "self_attn", "mlp", role="encoder"),)),
         Family("modernbert", (StackSpec("ModernBertModel", "layers", "attn", "mlp", role="encoder"),)),
         Family("gpt2", (StackSpec("GPT2Model", "h", "attn", "mlp", "crossattention", role="decoder"),)),
         Family("gpt_neox", (StackSpec("GPTNeoXModel", "layers", "attention", "mlp", role="decoder"),)),
         Family("opt", (StackSpec("OPTDecoder", "layers", "self_attn", "fc2", role="decoder"),)),
-        Family("llama", _llama_like("Llama")),
-        Family("qwen3", _llama_like("Qwen3")),
-        Family("mistral", _llama_like("Mistral")),
-        Family("gemma2", _llama_like("Gemma2")),
-        Family("phi3", _llama_like("Phi3")),
-        Family("mixtral", _llama_like("Mixtral")),
-        Family("gpt_oss", _llama_like("GptOss")),
-        Family(
-            "t5",
-            (
-                StackSpec("T5Stack", "block", "layer.0.SelfAttention", "layer.1.DenseReluDense", role="encoder"),
-                StackSpec(
-                    "T5Stack",
-                    "block",
-                    "layer.0.SelfAttention",
-                    "layer.2.DenseReluDense",
-                    "layer.1.EncDecAttention",
-                    role="decoder",
-                ),
-            ),
-            minimum_transformers="5.16",
-        ),
-        Family(
-            "bart",
-            (
-                StackSpec("BartEncoder", "layers", "self_attn", "fc2", role="encoder"),
-                StackSpec("BartDecoder", "layers", "self_attn", "fc2", "encoder_attn", role="decoder"),
-            ),
-        ),
+        *(Family(model_type, _llama_like(prefix)) for model_type, prefix in _LLAMA_LIKE.items()),
+        Family("t5", _t5_like("T5"), minimum_transformers="5.16"),
+        Family("mt5", _t5_like("MT5"), minimum_transformers="5.16"),
+        *(Family(model_type, _bart_like(prefix)) for model_type, prefix in _BART_LIKE.items()),
     )
 }
 
@@ -117,6 +159,8 @@ REFUSED: dict[str, str] = {
     "falcon": "its attention does not go through transformers' attention interface",
     "gptj": "its attention does not go through transformers' attention interface",
     "gpt_neo": "its attention does not go through transformers' attention interface",
+    "stablelm": "its layers hand no keyword arguments down to their attention",
+    "nemotron": "its layers hand no keyword arguments down to their attention",
     "encoder-decoder": "it joins two models of different families; attach to its encoder and decoder one by one",
 }
 

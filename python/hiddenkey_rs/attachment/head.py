@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import losses
+from .compared import is_for
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -32,6 +33,7 @@ class Head:
     module: nn.Module
     softcap: float | None
     bias: Tensor | None
+    scale: float = 1.0
     autocast: dict[str, Any] = field(default_factory=dict)
     """How the model ran its head: a trainer may wrap the model's forward alone."""
     observer: Callable[[Tensor, Tensor], None] | None = None
@@ -41,6 +43,8 @@ class Head:
         """Float32 logits (N, vocabulary) of (N, D) hidden states."""
         with torch.autocast(**self.autocast) if self.autocast else nullcontext():
             logits = self.module.forward(hidden)  # not __call__: what hooks do was done when the whole batch came by
+        if self.scale != 1.0:
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return (logits if self.bias is None else logits + self.bias).float()
@@ -58,14 +62,21 @@ class Head:
 
 def head_of(handle: Handle) -> Head | None:
     """The model's vocabulary head, if its loss is the mean cross-entropy over tokens and nothing else."""
-    base = handle.base
+    base, config = handle.base, handle.base.config
     module = base.get_output_embeddings()
-    named = any(word in type(base).__name__ for word in ("LMHead", "ForCausalLM", "ConditionalGeneration", "MaskedLM"))
+    named = any(
+        is_for(word, base) for word in ("LMHead", "ForCausalLM", "ConditionalGeneration", "MaskedLM", "MTModel")
+    )
     # A router's balancing loss is made inside the model, from the labels' presence.
-    if module is None or not named or getattr(base.config, "output_router_logits", False):
+    if module is None or not named or getattr(config, "output_router_logits", False):
         return None
-    softcap = getattr(base.config, "final_logit_softcapping", None)
-    return Head(module, softcap, getattr(base, "final_logits_bias", None))
+    # Without labels, who else could make a decoder's inputs?
+    if config.is_encoder_decoder and not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return None
+    # Granite divides its logits, Cohere multiplies them.
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module, softcap, getattr(base, "final_logits_bias", None), scale)
 
 
 @contextmanager
