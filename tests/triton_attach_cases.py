@@ -42,6 +42,8 @@ CASES = [
     ("gpt2", "elements", "right"),
     ("bart", "elements", "right"),
     ("modernbert", "hiddenkey", "right"),
+    ("gemma3_text", "elements", "left"),
+    ("deepseek_v3", "hiddenkey", "left"),
 ]
 
 
