@@ -134,6 +134,7 @@ class Handle:
             remover.remove()
         for implementation in self.session.implementations:
             implementation.detach()
+        self.sharing.detach()
         self.stock.restore()
         _ATTACHED.discard(self.base)
         self._attached = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,6 +70,10 @@ class PreparedPass:
         self.running = True
         self.suspect = self.apart = False
         self.group_calls = 0
+        self.handed: Any = None
+        """What the layers that both passes share hand on in place of their own output, in the second pass."""
+        self.left: Any = None
+        """What the last of them made in the gradient pass."""
         self.slots, self.counter = slots, counter
         self.tokens = Places.of(step.tokens)
         self.encoder_tokens = None if step.encoder_tokens is None else Places.of(step.encoder_tokens)

@@ -85,6 +85,10 @@ class Session:
         self._running: list[Pass | None] = [None] * len(stacks)
         self._prepared: list[PreparedPass | None] | None = None
         self._counters: dict[int, Tensor] = {}
+        self.left: dict[int, Any] = {}
+        """By stack, what the shared layers of a compiled model made in its last pass."""
+        self.handed: dict[int, Any] = {}
+        """By stack, what they hand on in the next one."""
         self._proven = self._apart = False
 
     @contextmanager
@@ -219,12 +223,15 @@ class Session:
             counter = torch.zeros(len(slots), 3, dtype=torch.int64, device=step.tokens.document.device)
             torch._dynamo.mark_static_address(counter)  # or a CUDA graph could not change it in place
             self._counters[number] = counter
-        return PreparedPass(step, slots, sites, counter)
+        prepared = PreparedPass(step, slots, sites, counter)
+        prepared.handed = self.handed.get(number)
+        return prepared
 
     def _finish(self, number: int, step: PreparedPass, failed: bool) -> None:
         stack = self.stacks[number]
         sites = self._counted(stack)
         totals = step.finish(sites)
+        self.left[number], step.left, step.handed = step.left, None, None
         if not self._proven and not failed:
             called = totals[:, 2].tolist()
             reached = {s for s in sites if any(called[step.slots[s.kind, depth]] for depth in s.drops)}

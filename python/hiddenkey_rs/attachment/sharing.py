@@ -1,21 +1,24 @@
 """Layers that run once for both passes of a two-pass loss: those below the first one that drops anything.
 
 Up to there both passes are the same computation. The gradient pass leaves the output of the last such layer, and in the
-second pass every one of them hands that on in place of its own.
+second pass every one of them hands that on in place of its own. In compiled code the pass itself carries it, and the
+layers' forward methods, replaced for good, look whether it does: a graph would be compiled anew for other methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .sites import Stack
 
 if TYPE_CHECKING:
     from .handle import Handle
+    from .session import Session
 
 
 class Sharing:
@@ -29,6 +32,24 @@ class Sharing:
             if not self.layers:
                 self.reason = "the first layer drops already"
         self._outputs: list[Any] = []
+        self._session = handle.session
+        self._replaced: list[nn.Module] = []
+
+    def detach(self) -> None:
+        """Give layers their own forward methods back."""
+        for layer in self._replaced:
+            del layer.forward
+        self._replaced = []
+
+    def in_graphs(self, kind: str) -> bool:
+        """Whether the two passes of a compiled model can share layers, too."""
+        # An undropped pass takes nothing from us, and nothing but its result leaves a checkpointed layer.
+        layers = [layer for layers in self.layers for layer in layers]
+        return (
+            bool(layers)
+            and kind != "js"
+            and not any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+        )
 
     @property
     def count(self) -> int:
@@ -36,8 +57,13 @@ class Sharing:
         return sum(len(layers) for layers in self.layers)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, compiled: bool) -> Iterator[None]:
         """A gradient pass inside leaves what the second pass will need. Replays of checkpoints come later, outside."""
+        if compiled:
+            self._replace()
+            self._session.left = {}
+            yield
+            return
         self._outputs = [None] * len(self.layers)
         with ExitStack() as removers:
             for index, layers in enumerate(self.layers):
@@ -46,8 +72,16 @@ class Sharing:
             yield
 
     @contextmanager
-    def skipping(self) -> Iterator[None]:
+    def skipping(self, compiled: bool) -> Iterator[None]:
         """A pass inside takes what the last gradient pass left, and runs none of the shared layers."""
+        if compiled:
+            self._session.handed, self._session.left = self._session.left, {}
+            try:
+                yield
+            finally:
+                self._session.handed, self._session.left = {}, {}
+            return
+        self.detach()  # a model may be compiled and called as it is, too
         skipped = [layer for layers in self.layers for layer in layers]
         for layers, output in zip(self.layers, self._outputs, strict=True):
             for layer in layers:
@@ -59,11 +93,35 @@ class Sharing:
                 del layer.forward
             self._outputs = []
 
+    def _replace(self) -> None:
+        if not self._replaced:
+            for number, layers in enumerate(self.layers):
+                for layer in layers:
+                    layer.forward = _sharing_forward(layer.forward, self._session, number, layer is layers[-1])
+                    self._replaced.append(layer)
+
     def _keeper(self, index: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             self._outputs[index] = _detached(output)
 
         return keep
+
+
+def _sharing_forward(own: Callable[..., Any], session: Session, number: int, last: bool) -> Callable[..., Any]:
+    """A shared layer's forward in compiled code."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        step = session.prepared_pass(number)
+        if step is None:
+            return own(*args, **kwargs)
+        if step.handed is not None:
+            return step.handed
+        output = own(*args, **kwargs)
+        if last and torch.is_grad_enabled():
+            step.left = _detached(output)
+        return output
+
+    return forward
 
 
 def _detached(output: Any) -> Any:

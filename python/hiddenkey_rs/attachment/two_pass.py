@@ -143,14 +143,15 @@ def _passes(
         with handle.session.branches((0, 1)):
             outputs, features = run(doubled)
         return _halves(compared(doubled, outputs, features), outputs, targets(doubled))
-    if compiled or not handle.sharing.layers:
+    shared = handle.sharing.in_graphs(part.kind) if compiled else handle.sharing.layers
+    if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
         outputs, features = run(batch)
     else:
-        with handle.sharing.recording():
+        with handle.sharing.recording(compiled):
             outputs, features = run(batch)
-        with handle.sharing.skipping():
+        with handle.sharing.skipping(compiled):
             second = _second_pass(handle, model, part, batch, compared, run)
     return _Passes(compared(batch, outputs, features), second, outputs, targets(batch))
 

@@ -58,6 +58,7 @@ _COMPARED = (
     (BOTH, DOUBLED, 1.00, 1.00),
     (COMPILED[2], COMPILED[1], 1.00, 1.00),
     (COMPILED[2], COMPILED[0], 1.03, 1.03),
+    (COMPILED[3], COMPILED[0], 1.50, 1.30),
     (ADAPTER, NONE, None, None),
     (STOCK, NONE, None, None),
     (DOUBLED, NONE, None, None),

@@ -113,6 +113,7 @@ COMPILED = (
     Variant("no dropout, compiled", compiled=True),
     Variant("lora_dropout=0.1, compiled", adapter=True, compiled=True),
     Variant("HiddenKey-, compiled", preset="hiddenkey-minus", compiled=True),
+    Variant("HiddenKey, compiled", preset="hiddenkey", compiled=True),
 )
 
 
