@@ -120,7 +120,9 @@ def test_an_unknown_family_is_told_which_there_are() -> None:
     model = tf.CLIPTextModel(
         tf.CLIPTextConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
-    with pytest.raises(hk.UnsupportedModelError, match=r"clip_text_model.*supported families: albert, apertus, bart, bert"):
+    with pytest.raises(
+        hk.UnsupportedModelError, match=r"clip_text_model.*supported families: albert, apertus, bart, bert"
+    ):
         hk.attach(model, hk.HiddenKeyConfig())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
@@ -238,11 +239,15 @@ def test_packed_rows() -> None:
         ("llama", {"use_cache": False}),
         ("llama", {"position_ids": torch.arange(4).repeat(2)[None]}),
         ("opt", {"position_ids": torch.arange(4).repeat(2)[None], "use_cache": False}),
+        ("bert", {"position_ids": torch.arange(4).repeat(2)[None], "use_cache": False}),
         ("llama", {"attention_mask": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril()}),
     ],
 )
 def test_packed_rows_that_might_see_each_other(family: str, more: dict[str, Any]) -> None:
     model, row = build(family), families.batch(family, rows=1, length=8)["input_ids"]
+    if family == "bert":  # a decoder, whose mask knows nothing of positions
+        model.config.is_decoder = True
+        model = transformers.BertLMHeadModel(model.config).train()
     handle = hk.attach(model, CONFIGS["element"], stock_dropout="off")
     model.compile(backend="eager")
     with (

@@ -109,7 +109,7 @@ def test_jensen_shannon_and_no_consistency() -> None:
     assert handle.last.consistency is None
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "bart"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama", "bart", "eurobert"])
 def test_regression_compares_pooled_representations(family: str) -> None:
     import transformers as tf
 
@@ -135,6 +135,10 @@ def test_regression_compares_pooled_representations(family: str) -> None:
     for hidden in head_inputs:
         if family == "llama":
             hidden = hidden[torch.arange(3), batch["attention_mask"].sum(1) - 1]
+        if family == "eurobert":
+            hidden = torch.stack(
+                [row[real.bool()].mean(0) for row, real in zip(hidden, batch["attention_mask"], strict=True)]
+            )
         pooled.append(hidden[:, 0] if hidden.dim() == 3 else hidden)
     with handle.step(5, IDS):
         handle.loss(**batch)
@@ -147,7 +151,7 @@ def test_regression_compares_pooled_representations(family: str) -> None:
         assert torch.equal(compared._pooled(handle, unmasked, hidden), hidden[:, -1])
 
 
-def answering(family: str, part: hk.Consistency | None) -> tuple[hk.Handle, dict[str, torch.Tensor]]:
+def answering(family: str, part: hk.Consistency | None, mask: bool = True) -> tuple[hk.Handle, dict[str, torch.Tensor]]:
     import transformers as tf
 
     config_name, _, arguments = families.FAMILIES[family]
@@ -157,6 +161,8 @@ def answering(family: str, part: hk.Consistency | None) -> tuple[hk.Handle, dict
     batch = families.batch("bert")
     del batch["labels"]
     batch |= {"start_positions": torch.tensor([1, 0, 2]), "end_positions": torch.tensor([4, 3, 2])}
+    if family == "bart" and mask:
+        batch["decoder_attention_mask"] = batch["attention_mask"]
     whole = hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.3), hk.HiddenDrop(rate=0.3), consistency=part, layers="all")
     return hk.attach(model, whole, stock_dropout="off"), batch
 
@@ -172,11 +178,11 @@ def test_question_answering_compares_starts_and_ends(family: str) -> None:
         expected.append((losses.kl(*starts) + losses.kl(*ends)) / 2)
     with handle.step(5, IDS):
         result = handle.compute(batch)
-        assert handle.count_items(batch) == 3
+        assert int(handle.count_items(batch)) == 6, "starts and ends"
     parts = []
     for rows in (slice(0, 1), slice(1, 3)):
         with handle.step(5, IDS[rows]):
-            parts.append(handle.compute({name: value[rows] for name, value in batch.items()}, num_items=3).loss)
+            parts.append(handle.compute({name: value[rows] for name, value in batch.items()}, num_items=6).loss)
     torch.testing.assert_close(sum(parts), result.loss)
     torch.testing.assert_close(result.task, passes[0].loss.detach())
     torch.testing.assert_close(result.consistency, torch.cat(expected).mean().detach())
@@ -186,6 +192,62 @@ def test_question_answering_compares_starts_and_ends(family: str) -> None:
     with both.step(5, IDS):
         doubled = both.compute(batch)
     torch.testing.assert_close(doubled.consistency, result.consistency)
+
+
+def test_answers_that_were_cut_off_carry_no_loss() -> None:
+    handle, batch = answering("bert", hk.Consistency("kl"))
+    batch["start_positions"][1] = batch["end_positions"][1] = 99
+    stock = branch(handle, 0, batch).loss
+    with handle.step(5, IDS):
+        result = handle.compute(batch)
+    torch.testing.assert_close(result.task, stock.detach())
+    parts = []
+    for rows in (slice(0, 2), slice(2, 3)):
+        with handle.step(5, IDS[rows]):
+            parts.append(handle.compute({name: value[rows] for name, value in batch.items()}, num_items=4).loss)
+    torch.testing.assert_close(sum(parts), result.loss)
+    with handle.step(5, IDS[1:2]):
+        nothing = handle.compute({name: value[1:2] for name, value in batch.items()}, num_items=4)
+    assert float(nothing.loss) == float(nothing.consistency) == 0
+    with handle.step(5, IDS), pytest.raises(hk.DataError, match="start_positions and end_positions"):
+        handle.compute({name: value for name, value in batch.items() if name != "end_positions"})
+    squared, batch = answering("bert", hk.Consistency("mse"))
+    with squared.step(5, IDS), pytest.raises(hk.ConfigError, match="use kind='kl'"):
+        squared.compute(batch)
+
+
+def test_a_decoder_that_reads_its_inputs_once_more_does_not_count_padding() -> None:
+    seen = []
+    for width in (0, 3):
+        handle, batch = answering("bart", None, mask=False)
+        handle.detach()
+        span = hk.HiddenKeyConfig(hk.AttentionDrop(pattern="span", rate=0.3), None, consistency=None, layers="all")
+        handle = hk.attach(handle.model, span, stock_dropout="off")
+        for name, value in (("input_ids", 1), ("attention_mask", 0)):
+            batch[name] = torch.nn.functional.pad(batch[name], (0, width), value=value)
+        lengths: dict[str, list[int]] = {}
+        handle.record_masks(lambda mask, lengths=lengths: lengths.setdefault(mask.key.site, mask.lengths.tolist()))
+        with handle.step(5, IDS):
+            handle.compute(batch)
+        seen.append(lengths)
+    assert seen[0] == seen[1]
+    assert seen[0]["attention"] == [9, 7, 5]
+    assert seen[0]["decoder-attention"] == [9, 7, 5]
+
+
+def test_consistency_of_one_number_a_token_is_refused() -> None:
+    import transformers as tf
+
+    config_name, _, arguments = families.FAMILIES["electra"]
+    model = tf.ElectraForPreTraining(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    batch = families.batch("bert")
+    batch["labels"] = batch["input_ids"] % 2
+    with (
+        handle.step(0, IDS),
+        pytest.raises(hk.ConfigError, match=r"needs logits of classes \(got .* of ElectraForPreTraining"),
+    ):
+        handle.loss(**batch)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -237,6 +299,12 @@ def test_choices_of_an_example_share_its_masks(compiled: bool) -> None:
         if gradient == "one":
             kept = result
     torch.testing.assert_close(result.consistency, kept.consistency)
+    for wrong in ([7], [7, 8, 9], [7, 7, 7, 8, 8, 8]):
+        with (
+            handle.step(5, wrong),
+            pytest.raises(hk.DataError, match="one sample id for every example, not for every choice"),
+        ):
+            handle.compute({**batch, "labels": labels}, model=model)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +316,8 @@ def test_choices_of_an_example_share_its_masks(compiled: bool) -> None:
         ("bert", "BertForMaskedLM", False),
         ("bert", "BertForPreTraining", False),
         ("llama", "LlamaForTokenClassification", False),
+        ("bart", "BartForCausalLM", False),
+        ("pegasus", "PegasusForCausalLM", False),
     ],
 )
 def test_who_predicts_the_next_token(family: str, base: str, shifts: bool) -> None:
@@ -256,7 +326,12 @@ def test_who_predicts_the_next_token(family: str, base: str, shifts: bool) -> No
     config_name, _, arguments = families.FAMILIES[family]
     of_ones_own = type("Mine", (getattr(tf, base),), {})
     model = of_ones_own(getattr(tf, config_name)(vocab_size=97, **arguments)).train()
-    assert hk.attach(model, hk.HiddenKeyConfig(layers="all"), stock_dropout="off").shifts_labels is shifts
+    handle = hk.attach(model, hk.HiddenKeyConfig.preset("none"), stock_dropout="off")
+    assert handle.shifts_labels is shifts
+    if not base.endswith(("ConditionalGeneration", "PreTraining", "Classification")):  # more than one mean over tokens
+        ids = families.batch("bert")["input_ids"]
+        with handle.step(0, IDS):
+            torch.testing.assert_close(handle.loss(input_ids=ids, labels=ids), model(input_ids=ids, labels=ids).loss)
 
 
 def test_regression_by_mean_squared_error() -> None:

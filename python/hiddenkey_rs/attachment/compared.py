@@ -9,38 +9,73 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import losses
 from ..config import Consistency
 from ..errors import ConfigError
+from .families import FAMILIES
 
 if TYPE_CHECKING:
     from .handle import Handle
 
 
+_NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
+"""Heads that predict the next token."""
+_NOWHERE = -1e30
+"""A logit without weight: subtracting any number from it changes no bit, so that it adds nothing to a divergence."""
+
+
 def targets(batch: dict[str, Any]) -> Tensor | None:
-    """What the task's loss compares with: labels, or where answers start (one a row, as where they end)."""
-    labels = batch.get("labels")
-    return batch.get("start_positions") if labels is None else labels
+    """What the task's loss compares with: labels, or where answers start and end, (B, 2); ``None`` without them."""
+    labels, ends = batch.get("labels"), [batch.get(name) for name in ("start_positions", "end_positions")]
+    if labels is not None or any(end is None for end in ends):
+        return labels
+    return torch.stack([end.flatten() for end in ends if end is not None], dim=1)
+
+
+def answers(batch: dict[str, Any]) -> bool:
+    """Whether the batch is one of question answering."""
+    return batch.get("labels") is None and targets(batch) is not None
+
+
+def answered(batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, 2, L) -> those of the starts and ends that lie in the input, (N, L), and where they are, (N,).
+
+    Others (the answer was cut off) carry no loss, as in transformers.
+    """
+    places = targets(batch)
+    assert places is not None
+    places = places.clamp(min=0)
+    inside = places < logits.shape[-1]
+    return logits[inside], places[inside]
+
+
+def answer_loss(batch: dict[str, Any], outputs: Any) -> Tensor:
+    """Mean cross-entropy of starts and ends, as transformers' where as many of both lie in the input."""
+    rows, places = answered(batch, torch.stack([outputs.start_logits, outputs.end_logits], dim=1))
+    return F.cross_entropy(rows.float(), places)
 
 
 def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
-    """How many rows of the batch carry loss: examples, or target tokens that are not masked (-100)."""
+    """How many rows of the batch carry loss: examples, starts and ends, or target tokens that are not masked (-100)."""
     labels, ids = targets(batch), batch.get("sample_id")
     if labels is None or (ids is not None and ids.numel() == 1 and int(ids) < 0):
         return 0
+    if answers(batch):
+        tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+        return (labels < tokens.shape[1]).sum()
     if labels.dim() < 2 or is_for("SequenceClassification", handle.base):
         return labels.shape[0]
     return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
 
 
-_NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
-"""Heads that predict the next token."""
-
-
 def shifts_labels(handle: Handle) -> bool:
     """Whether the head predicts the next token: labels then stand one position ahead of logits."""
-    return not handle.base.config.is_encoder_decoder and any(is_for(part, handle.base) for part in _NEXT_TOKEN)
+    family = FAMILIES.get(handle.base.config.model_type)
+    if family is not None and family.encoder_decoder:  # of their decoders alone, too, which take labels as they are
+        return False
+    return any(is_for(part, handle.base) for part in _NEXT_TOKEN)
 
 
 def is_for(task: str, model: nn.Module) -> bool:
@@ -80,18 +115,19 @@ def compared_rows(
     check_classes(handle)
     if compares_features(handle):
         return _pooled(handle, batch, features)
-    if part.kind != "mse" and "start_logits" in outputs:
-        return _answers(batch, outputs)
-    logits = outputs.logits if "logits" in outputs else None
-    if logits is None:
-        raise ConfigError(
-            f"a consistency term needs the model's logits (got {type(outputs).__name__} without them); "
-            "set consistency=None for this head"
-        )
     if part.kind == "mse" and not _regression(handle):
         raise ConfigError(
             "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
             "task); use kind='kl'"
+        )
+    if answers(batch):
+        return _answers(batch, outputs)
+    logits = outputs.logits if "logits" in outputs else None
+    per_token = batch["labels"].dim() == 2 and not is_for("SequenceClassification", handle.base)
+    if logits is None or (per_token and logits.dim() == 2):
+        raise ConfigError(
+            f"a consistency term needs logits of classes (got {type(outputs).__name__} of {type(handle.base).__name__} "
+            "without them); set consistency=None for this head"
         )
     if logits.dim() == 2:
         return logits
@@ -99,14 +135,12 @@ def compared_rows(
 
 
 def _answers(batch: dict[str, Any], outputs: Any) -> Tensor:
-    """Where an answer starts and ends, each a distribution over the row's real tokens: (B, 2, L)."""
+    """Where answers start and end, each a distribution over its row's real tokens: (N, L)."""
     logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
     real = batch.get("attention_mask")
-    return logits if real is None else logits.masked_fill(real[:, None].eq(0), _NOWHERE)
-
-
-_NOWHERE = -1e30
-"""A logit without weight: subtracting any number from it changes no bit, so that it adds nothing to a divergence."""
+    if real is not None:
+        logits = logits.masked_fill(real[:, None].eq(0), _NOWHERE)
+    return answered(batch, logits)[0]
 
 
 def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> Tensor:
@@ -118,6 +152,10 @@ def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> T
         )
     if features.dim() == 2:
         return features
+    if getattr(handle.base.config, "classifier_pooling", None) == "late":  # EuroBERT: every token's, then their mean
+        mask = batch.get("attention_mask")
+        weights = torch.ones_like(features[..., :1]) if mask is None else mask[..., None].to(features.dtype)
+        return (features * weights).sum(dim=1) / weights.sum(dim=1)
     if handle.stacks[-1].role == "encoder":
         return features[:, 0]
     # As transformers' heads choose: the last token that is not padding, which they know by its id.

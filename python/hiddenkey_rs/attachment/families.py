@@ -27,6 +27,8 @@ class StackSpec:
     """``"encoder"`` or ``"decoder"``; ``None`` asks the stack's ``config.is_decoder``."""
     shared: str | None = None
     """Path pattern of the module group whose *calls* are the layers (ALBERT reuses one module for every layer)."""
+    tells_documents: bool = False
+    """Whether packed documents do not see each other where ``position_ids`` restart."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def _bert_like(prefix: str) -> tuple[StackSpec, ...]:
     return (StackSpec(f"{prefix}Model", "encoder.layer", "attention.self", "output.dense", "crossattention.self"),)
 
 
-def _llama_like(prefix: str) -> tuple[StackSpec, ...]:
-    return (StackSpec(f"{prefix}Model", "layers", "self_attn", "mlp", role="decoder"),)
+def _llama_like(prefix: str, tells_documents: bool = True) -> tuple[StackSpec, ...]:
+    return (StackSpec(f"{prefix}Model", "layers", "self_attn", "mlp", role="decoder", tells_documents=tells_documents),)
 
 
 def _bart_like(prefix: str) -> tuple[StackSpec, ...]:
@@ -108,7 +110,6 @@ _LLAMA_LIKE = {
     "ernie4_5": "Ernie4_5",
     "apertus": "Apertus",
     "deepseek_v3": "DeepseekV3",
-    "gpt_oss": "GptOss",
 }
 _BART_LIKE = {
     "bart": "Bart",
@@ -141,10 +142,16 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("eurobert", (StackSpec("EuroBertModel", "layers", "self_attn", "mlp", role="encoder"),)),
         Family("modernbert", (StackSpec("ModernBertModel", "layers", "attn", "mlp", role="encoder"),)),
-        Family("gpt2", (StackSpec("GPT2Model", "h", "attn", "mlp", "crossattention", role="decoder"),)),
-        Family("gpt_neox", (StackSpec("GPTNeoXModel", "layers", "attention", "mlp", role="decoder"),)),
+        Family(
+            "gpt2",
+            (StackSpec("GPT2Model", "h", "attn", "mlp", "crossattention", role="decoder", tells_documents=True),),
+        ),
+        Family(
+            "gpt_neox", (StackSpec("GPTNeoXModel", "layers", "attention", "mlp", role="decoder", tells_documents=True),)
+        ),
         Family("opt", (StackSpec("OPTDecoder", "layers", "self_attn", "fc2", role="decoder"),)),
         *(Family(model_type, _llama_like(prefix)) for model_type, prefix in _LLAMA_LIKE.items()),
+        Family("gpt_oss", _llama_like("GptOss", tells_documents=False)),
         Family("t5", _t5_like("T5"), minimum_transformers="5.16"),
         Family("mt5", _t5_like("MT5"), minimum_transformers="5.16"),
         *(Family(model_type, _bart_like(prefix)) for model_type, prefix in _BART_LIKE.items()),

@@ -209,6 +209,7 @@ class Handle:
                 by default they are means over this batch.
             model: what to call in place of the attached model, e.g. its DistributedDataParallel wrapper.
             task_loss: function of (outputs, labels) that replaces the model's own loss; a mean over the rows it is given.
+                Of question answering, labels are where answers start and end, (batch, 2).
 
         Raises:
             What :meth:`loss` raises; ConfigError: a ``model`` that runs copies of the attached one (DataParallel).
@@ -220,7 +221,7 @@ class Handle:
         return self.last
 
     def count_items(self, batch: dict[str, Any]) -> Any:
-        """How many rows of a batch carry loss: examples, or target tokens that are not masked (-100).
+        """How many rows of a batch carry loss: examples, target tokens that are not masked (-100), or starts and ends.
 
         A padding row, known by ``batch["sample_id"]``, carries none.
         """

@@ -131,7 +131,9 @@ def hiddenkey_attention(
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth)
     if step.impl == "triton":
-        tensors, window = (query, key, value), kwargs.get("sliding_window")
+        tensors = (query, key, value)
+        # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
+        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         output = attend(step, site, drop, depth, module, tensors, attention_mask, dropout, window, how)
         return output.transpose(1, 2).contiguous(), None
     if drop is None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, StateError, UnsupportedModelError
+from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .implementation import Implementation
 from .interface import allowed_and_bias
@@ -25,10 +25,6 @@ _DIRECT = (
     "a compiled model cannot lay out its masks by itself (got a direct call in training); "
     "call handle.loss(**batch) or handle.compute(batch)"
 )
-
-
-_DEAF = ("opt", "gpt_oss")
-"""Decoders that do not tell packed documents apart by ``position_ids``."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +259,7 @@ class Session:
         encoder_tokens = None
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
+        self._check_kernels(stack, tokens, inputs.get("attention_mask"))
         step = StackPass(
             self.seed,
             active.step,
@@ -279,12 +276,25 @@ class Session:
         step.suspect = self._suspect(stack, tokens, inputs.get("attention_mask"))
         return step
 
+    def _check_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> None:
+        if (
+            self.impl == "triton"
+            and stack.role == "decoder"
+            and tokens.crowded
+            and mask is not None
+            and mask.dim() == 2
+        ):
+            raise ConfigError(
+                "a 2-D mask beside packed rows asks for documents that see each other, which Triton's kernels keep apart "
+                "(got impl='triton'); leave the mask out and give position_ids that restart, or use impl='auto'"
+            )
+
     def _suspect(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> bool:
         """Whether a pass must still show that the documents of a row do not attend to each other.
 
         A decoder that is given a 2-D mask beside packed rows is asked to let them (TRL's wrapped packing).
         """
-        if self._apart or self.impl == "triton" or len(tokens.samples) <= len(tokens.real):
+        if self._apart or self.impl == "triton" or not tokens.crowded:
             return False
         return stack.role == "encoder" or mask is None or mask.dim() == 4
 
@@ -394,8 +404,7 @@ def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -
         check_apart(step, stack.sites[0], allowed_and_bias(mask, None)[0])
         return
     cached = batch.get("use_cache", getattr(config, "use_cache", False))
-    heeds = stack.role == "decoder" and config.model_type not in _DEAF
-    if not heeds or batch.get("position_ids") is None or cached:
+    if not stack.spec.tells_documents or batch.get("position_ids") is None or cached:
         raise DataError(
             f"a compiled model cannot show that the documents of packed rows do not attend to each other (got "
             f"{config.model_type!r}, position_ids {'missing' if batch.get('position_ids') is None else 'given'}, use_cache="

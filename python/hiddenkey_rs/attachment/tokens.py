@@ -79,6 +79,11 @@ class Tokens:
         return int(self.lengths.max(initial=0))
 
     @property
+    def crowded(self) -> bool:
+        """Whether some row holds several documents."""
+        return len(self.samples) > len(self.document)
+
+    @property
     def packed(self) -> bool:
         """Whether some row may hold several documents."""
         return len(self.samples) != self.document.shape[0]

@@ -19,7 +19,7 @@ from .. import losses
 from ..config import Consistency
 from ..errors import DataError
 from .checks import on_compiled
-from .compared import compared_rows, compares_features, count_items, shifts_labels, targets
+from .compared import answer_loss, answers, compared_rows, compares_features, count_items, shifts_labels, targets
 from .head import Head, token_losses, without_logits
 from .sharded import gathered
 
@@ -37,7 +37,7 @@ class LossOutput:
     outputs: Any
 
 
-TaskLoss = Callable[[Any, Tensor], Tensor]
+TaskLoss = Callable[[Any, Any], Tensor]
 
 
 def compute(
@@ -54,9 +54,10 @@ def compute(
     part = None if part is None or part.weight == 0 else part
     idle = handle.session.require_step().idle
     items = 0 if idle else count_items(handle, batch)
-    if idle and labels.dim() == 2 and not labels.is_floating_point():
+    _check_choices(handle, labels)
+    if idle and batch.get("labels") is not None and labels.dim() == 2 and not labels.is_floating_point():
         batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
-    if handle.head is not None and task_loss is None and labels.dim() == 2:
+    if handle.head is not None and task_loss is None and labels.dim() == 2 and not answers(batch):
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
     nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
@@ -66,11 +67,11 @@ def compute(
     per_row = None
     if part is not None and passes.second is not None:
         per_row = losses.consistency(part.kind, passes.first, passes.second, gradient=part.gradient)
-        per_row = (
-            per_row.mean(dim=1) if per_row.dim() == 2 else per_row
-        )  # as the task's loss: of an answer's start and end
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
-    task = passes.outputs.loss if task_loss is None else task_loss(passes.outputs, passes.labels)
+    if task_loss is not None:
+        task = task_loss(passes.outputs, targets(passes.batch))
+    else:
+        task = answer_loss(passes.batch, passes.outputs) if answers(batch) else passes.outputs.loss
     if num_items is not None:
         task = task * (items / num_items)
     if per_row is None or part is None:
@@ -78,6 +79,16 @@ def compute(
     consistency = losses.reduce(per_row, num_items)
     loss = task + part.weight * consistency.to(task.dtype)
     return LossOutput(loss, task.detach(), consistency.detach(), passes.outputs)
+
+
+def _check_choices(handle: Handle, labels: Tensor) -> None:
+    session = handle.session
+    active = session.require_step()
+    if session.choices and not active.idle and active.samples.shape != labels.shape[:1]:
+        raise DataError(
+            f"the batch has another number of examples than there are sample ids (got {len(labels)} examples, sample ids of "
+            f"shape {active.samples.shape}); give handle.step one sample id for every example, not for every choice"
+        )
 
 
 def _on_tokens(
@@ -109,12 +120,12 @@ def _on_tokens(
 
 @dataclass(frozen=True, eq=False)
 class _Passes:
-    """What the passes of a batch gave: the rows to compare (``second``: None if there is one pass), outputs, labels."""
+    """What the passes of a batch gave: the rows to compare (``second``: None if there is one pass), outputs, and of what."""
 
     first: Any
     second: Any
     outputs: Any
-    labels: Any
+    batch: dict[str, Any]
 
 
 _ONE_ROW = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -132,7 +143,7 @@ def _passes(
     run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
     if part is None:
         outputs, features = run(batch)
-        return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, targets(batch))
+        return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch)
     compared = rows or (lambda batch, outputs, features: compared_rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
         doubled = {
@@ -142,7 +153,7 @@ def _passes(
         }
         with handle.session.branches((0, 1)):
             outputs, features = run(doubled)
-        return _halves(compared(doubled, outputs, features), outputs, targets(doubled))
+        return _halves(compared(doubled, outputs, features), outputs, doubled)
     shared = handle.sharing.in_graphs(part.kind) if compiled else handle.sharing.layers
     if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
@@ -153,16 +164,16 @@ def _passes(
             outputs, features = run(batch)
         with handle.sharing.skipping(compiled):
             second = _second_pass(handle, model, part, batch, compared, run)
-    return _Passes(compared(batch, outputs, features), second, outputs, targets(batch))
+    return _Passes(compared(batch, outputs, features), second, outputs, batch)
 
 
-def _halves(rows: Any, outputs: Any, labels: Tensor | None) -> _Passes:
+def _halves(rows: Any, outputs: Any, batch: dict[str, Any]) -> _Passes:
     """The two branches of a doubled batch."""
     if isinstance(rows, tuple):
         (first, second), (one, two) = (part.chunk(2) for part in rows)
-        return _Passes((first, one), (second, two), outputs, labels)
+        return _Passes((first, one), (second, two), outputs, batch)
     first, second = rows.chunk(2)
-    return _Passes(first, second, outputs, labels)
+    return _Passes(first, second, outputs, batch)
 
 
 def _second_pass(
@@ -205,15 +216,19 @@ def _without_labels(handle: Handle, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
-    """The targets' real tokens, for an encoder-decoder whose batch brings no decoder mask: up to the last label."""
+    """The targets' real tokens, for an encoder-decoder whose batch brings no decoder mask: up to the last label.
+
+    Where it is to read its inputs once more, behind a start token (classes, answers), as many as those: the last one
+    is read only where there is padding behind it, and by no head.
+    """
     labels = batch.get("labels")
-    if (
-        labels is None
-        or not handle.base.config.is_encoder_decoder
-        or batch.get("decoder_attention_mask") is not None
-        or labels.dim() != 2
-    ):
+    if not handle.base.config.is_encoder_decoder or batch.get("decoder_attention_mask") is not None:
         return None
+    if labels is None or labels.dim() != 2:
+        real: Tensor | None = batch.get("attention_mask")
+        if real is None or real.dim() != 2 or batch.get("decoder_input_ids") is not None:
+            return None
+        return real.ne(0)
     return labels.ne(losses.IGNORED).flip(1).cumsum(1).flip(1).ne(0)
 
 
