@@ -55,9 +55,10 @@ def compute(
     idle = handle.session.require_step().idle
     items = 0 if idle else count_items(handle, batch)
     _check_choices(handle, labels)
-    if idle and batch.get("labels") is not None and labels.dim() == 2 and not labels.is_floating_point():
+    by_token = labels.dim() == 2 and not answers(batch)
+    if idle and by_token and not labels.is_floating_point():
         batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
-    if handle.head is not None and task_loss is None and labels.dim() == 2 and not answers(batch):
+    if handle.head is not None and task_loss is None and by_token:
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
     nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
