@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="the SFT trainer needs TRL: pip install 'hiddenkey_rs[trl]'")
+pytest.importorskip("trl", reason="the SFT trainer needs TRL")
 
 import hiddenkey_rs as hk
 import sft_cases as cases

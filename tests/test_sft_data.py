@@ -14,7 +14,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("trl", reason="the SFT trainer needs TRL: pip install 'hiddenkey_rs[trl]'")
+pytest.importorskip("trl", reason="the SFT trainer needs TRL")
 
 import families
 import hiddenkey_rs as hk

@@ -105,5 +105,5 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(hk.HiddenKeyError, match=r"needs the package 'ray' .* pip install 'hiddenkey_rs\[ray\]'"):
+    with pytest.raises(hk.HiddenKeyError, match=r"needs the package 'ray' .* with its extra \[ray\]"):
         RayPool(1, 1, "x", "sweep")

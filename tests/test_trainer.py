@@ -338,3 +338,13 @@ def test_question_answering(tmp_path: Path) -> None:
     assert furthest(found[0][0], found[1][0]) < 1e-6
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-9)
+
+
+def test_who_computes_attention_is_a_choice_of_the_trainer(tmp_path: Path) -> None:
+    with pytest.raises(hk.ConfigError, match=r"unknown impl \(got 'fast'\)"):
+        hk.HiddenKeyTrainer(model=families.build("bert"), impl="fast")
+    arguments = tf.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    run = hk.HiddenKeyTrainer(
+        model=families.build("bert"), args=arguments, train_dataset=rows("bert"), impl="reference"
+    )
+    assert run.handle.impl == "reference"

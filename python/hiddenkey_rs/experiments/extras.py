@@ -14,5 +14,5 @@ def extra(module: str, group: str = "train") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise HiddenKeyError(
-            f"this needs the package {module.split('.')[0]!r} (got {error}); pip install 'hiddenkey_rs[{group}]'"
+            f"this needs the package {module.split('.')[0]!r} (got {error}); install hiddenkey_rs with its extra [{group}]"
         ) from None

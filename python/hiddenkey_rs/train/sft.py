@@ -20,7 +20,7 @@ try:
     from trl.trainer.utils import global_then_local_main_first
 except ImportError as error:
     raise HiddenKeyError(
-        f"HiddenKeySFTTrainer needs the package trl (got {error}); pip install 'hiddenkey_rs[trl]'"
+        f"HiddenKeySFTTrainer needs the package trl (got {error}); install hiddenkey_rs with its extra [trl]"
     ) from None
 
 from .sft_checks import check_cuts, check_parallelism, check_settings
@@ -30,7 +30,7 @@ from .sft_data import pack_documents, with_ids
 class HiddenKeySFTTrainer(HiddenKeyTrainerMixin, SFTTrainer):
     """TRL's supervised fine-tuning with dropout attached.
 
-    Takes the arguments of ``trl.SFTTrainer``, and ``config`` and ``stock_dropout`` as :class:`HiddenKeyTrainerMixin`.
+    Takes the arguments of ``trl.SFTTrainer``, and ``config``, ``stock_dropout`` and ``impl`` as :class:`HiddenKeyTrainerMixin`.
 
     A document's id is its ``sample_id`` column, else its row in ``train_dataset`` as it was given: before TRL filters,
     shuffles and packs. Its masks are drawn in its own coordinates, so they do not depend on what it is packed with.

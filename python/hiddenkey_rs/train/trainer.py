@@ -30,7 +30,7 @@ class HiddenKeyTrainerMixin:
 
     Takes the Trainer's arguments and:
         config: what to drop (default: HiddenKey), a :class:`~hiddenkey_rs.HiddenKeyConfig` or a preset's name.
-        stock_dropout: ``"keep"`` or ``"off"``, as :func:`~hiddenkey_rs.attach`.
+        stock_dropout: ``"keep"`` or ``"off"``, and impl: who computes attention, as :func:`~hiddenkey_rs.attach`.
         loader: who makes training batches. ``"hiddenkey"``, or a :class:`Loader` with its choices: a
             :class:`~hiddenkey_rs.BatchSampler`, whose global batches depend on neither ranks nor micro-batches, and from
             which a run is resumed on any number of them. ``"stock"``: the Trainer. ``"auto"``: ours for a
@@ -52,13 +52,14 @@ class HiddenKeyTrainerMixin:
         *args: Any,
         config: HiddenKeyConfig | str | None = None,
         stock_dropout: str = "keep",
+        impl: str = "auto",
         loader: Loader | str = "auto",
         **kwargs: Any,
     ) -> None:
-        self._hiddenkey = (config, stock_dropout)
+        self._hiddenkey = (config, stock_dropout, impl)
         model = kwargs.get("model", args[0] if args else None)
         if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
-            attach(model, config, stock_dropout).detach()
+            attach(model, config, stock_dropout, impl).detach()
         super().__init__(*args, **kwargs)
         self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
         check_loader(self, self._loader)
@@ -67,7 +68,7 @@ class HiddenKeyTrainerMixin:
         self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
         self.data_collator = StoreCollator.around(self)
         # Not earlier, as some trainers wrap their model or change its config.
-        self.handle = attach(self.model, config, stock_dropout)  # type: ignore[attr-defined]
+        self.handle = attach(self.model, config, stock_dropout, impl)  # type: ignore[attr-defined]
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -111,7 +112,7 @@ class HiddenKeyTrainerMixin:
     def _compare_ranks(self, loader: Any) -> None:
         """Before anything is shared: every rank trains the same, on the same data, for as many steps."""
         if ranks.world_size() > 1:
-            config, (_, stock_dropout) = self.handle.config, self._hiddenkey
+            config, (_, stock_dropout, _) = self.handle.config, self._hiddenkey
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
             late = getattr(plugin, "cpu_ram_efficient_loading", False)  # then the first rank alone has read its weights
             ranks.check_same(
