@@ -266,7 +266,7 @@ def test_the_command_of_a_trial_has_all_that_it_takes(
 
 
 def test_a_plan_with_seeds_enough_gets_no_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "plan.yaml").write_text(FAMILY.replace("[5, 6]", "[1, 2, 3, 4, 5, 6]"))
+    (tmp_path / "plan.yaml").write_text(FAMILY.replace("[5, 6]", "[2, 3, 4, 5, 6, 7]"))
     assert main(["sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     assert "no comparison" not in capsys.readouterr().err
 
