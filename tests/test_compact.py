@@ -105,6 +105,8 @@ def test_the_choice() -> None:
     assert not ops.worth_gathering(128, 128, 0.1)
     assert not ops.worth_gathering(4096, 4096, 0.0)
     assert ops.worth_gathering(4096, 4096, 0.1)
+    assert not ops.worth_gathering(512, 512, 0.1), "measured: a boolean row is faster there"
+    assert ops.worth_gathering(512, 512, 0.2)
     assert ops.worth_gathering(512, 512, 0.3)
 
 

@@ -15,7 +15,7 @@ IMPLEMENTATIONS = ("auto", "reference", "sdpa", "compact", "blocked", "triton")
 
 BLOCKED_QUERIES = 192
 """From so many queries on, a mask that differs by query is applied a block of them at a time; below, blocks are too small."""
-GATHER_COST = 30
+GATHER_COST = 40
 """Gathering costs what attention to so many keys costs each query: measured, ``hiddenkey bench attention`` shows it."""
 
 
