@@ -185,6 +185,17 @@ def test_the_second_pass_runs_dropping_layers_alone(family: str, sizes: tuple[in
     assert not any("forward" in vars(layer) for layer in layers_of(model))
 
 
+def test_a_call_past_the_graph_costs_no_new_graph() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    pair = Pair(families.build("llama"), hk.HiddenKeyConfig(layers=[3]), lambda m: torch.compile(m, backend=counter))
+    batch = families.batch("llama")
+    expected = pair.losses(0, batch)[1]
+    with pair.handle.step(0, IDS):
+        assert torch.equal(pair.handle.compute(batch).loss.detach(), expected["loss"])
+    torch.testing.assert_close(pair.losses(0, batch)[1], expected, rtol=0, atol=0)
+    assert counter.frame_count == 2
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith("Layer")]
 

@@ -184,8 +184,11 @@ class HiddenKeyConfig(Serialisable):
     @property
     def drops(self) -> bool:
         """Whether any position has a rate above 0."""
-        parts = (self.attention, self.hidden, self.input, self.output)
-        return any(part is not None and (part.rate > 0 or any(self.rate_pattern.values())) for part in parts)
+        return any(map(self.drops_by, (self.attention, self.hidden, self.input, self.output)))
+
+    def drops_by(self, part: AttentionDrop | HiddenDrop | ElementDrop | None) -> bool:
+        """Whether one of the positions has a rate above 0, its own or a pattern's."""
+        return part is not None and (part.rate > 0 or any(self.rate_pattern.values()))
 
     @classmethod
     def preset(cls, name: str, rate: float | None = None, **changes: Any) -> HiddenKeyConfig:

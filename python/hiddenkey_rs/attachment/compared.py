@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 
 _NEXT_TOKEN = ("CausalLM", "LMHead", "DoubleHeads", "ConditionalGeneration")
 """Heads that predict the next token."""
+_ENDS = ("start_positions", "end_positions")
 _NOWHERE = -1e30
 """A logit without weight: subtracting any number from it changes no bit, so that it adds nothing to a divergence."""
 
 
-def targets(batch: dict[str, Any]) -> Tensor | None:
-    """What the task's loss compares with: labels, or where answers start and end, (B, 2); ``None`` without them."""
-    labels, ends = batch.get("labels"), [batch.get(name) for name in ("start_positions", "end_positions")]
-    if labels is not None or any(end is None for end in ends):
-        return labels
-    return torch.stack([end.flatten() for end in ends if end is not None], dim=1)
-
-
 def answers(batch: dict[str, Any]) -> bool:
     """Whether the batch is one of question answering."""
-    return batch.get("labels") is None and targets(batch) is not None
+    return batch.get("labels") is None and all(batch.get(name) is not None for name in _ENDS)
+
+
+def targets(batch: dict[str, Any]) -> Tensor | None:
+    """What the task's loss compares with: labels, or where answers start and end, (B, 2); ``None`` without them."""
+    return torch.stack([batch[name].flatten() for name in _ENDS], dim=1) if answers(batch) else batch.get("labels")
+
+
+def answer_logits(outputs: Any) -> Tensor:
+    """Of starts and ends: (B, 2, L)."""
+    return torch.stack([outputs.start_logits, outputs.end_logits], dim=1)
 
 
 def answered(batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +56,7 @@ def answered(batch: dict[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def answer_loss(batch: dict[str, Any], outputs: Any) -> Tensor:
     """Mean cross-entropy of starts and ends, as transformers' where as many of both lie in the input."""
-    rows, places = answered(batch, torch.stack([outputs.start_logits, outputs.end_logits], dim=1))
+    rows, places = answered(batch, answer_logits(outputs))
     return F.cross_entropy(rows.float(), places)
 
 
@@ -136,7 +139,7 @@ def compared_rows(
 
 def _answers(batch: dict[str, Any], outputs: Any) -> Tensor:
     """Where answers start and end, each a distribution over its row's real tokens: (N, L)."""
-    logits = torch.stack([outputs.start_logits, outputs.end_logits], dim=1).float()
+    logits = answer_logits(outputs).float()
     real = batch.get("attention_mask")
     if real is not None:
         logits = logits.masked_fill(real[:, None].eq(0), _NOWHERE)

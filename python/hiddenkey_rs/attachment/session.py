@@ -82,9 +82,9 @@ class Session:
         self._prepared: list[PreparedPass | None] | None = None
         self._counters: dict[int, Tensor] = {}
         self.left: dict[int, Any] = {}
-        """By stack, what the shared layers of a compiled model made in its last pass."""
+        """By stack, what the layers that both passes share made in the gradient pass."""
         self.handed: dict[int, Any] = {}
-        """By stack, what they hand on in the next one."""
+        """By stack, what those of a compiled model hand on in the next pass."""
         self._proven = self._apart = False
 
     @contextmanager
@@ -277,26 +277,17 @@ class Session:
         return step
 
     def _check_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> None:
-        if (
-            self.impl == "triton"
-            and stack.role == "decoder"
-            and tokens.crowded
-            and mask is not None
-            and mask.dim() == 2
-        ):
+        if self.impl == "triton" and tokens.crowded and _lets_documents_mix(stack, mask):
             raise ConfigError(
                 "a 2-D mask beside packed rows asks for documents that see each other, which Triton's kernels keep apart "
                 "(got impl='triton'); leave the mask out and give position_ids that restart, or use impl='auto'"
             )
 
     def _suspect(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> bool:
-        """Whether a pass must still show that the documents of a row do not attend to each other.
-
-        A decoder that is given a 2-D mask beside packed rows is asked to let them (TRL's wrapped packing).
-        """
+        """Whether a pass must still show that the documents of a row do not attend to each other."""
         if self._apart or self.impl == "triton" or not tokens.crowded:
             return False
-        return stack.role == "encoder" or mask is None or mask.dim() == 4
+        return not _lets_documents_mix(stack, mask)
 
     def _plan(self, entries: tuple[PlanEntry, ...], active: ActiveStep, tokens: Tokens) -> StepPlan:
         """Every column and span mask of a pass in one call, so that no layer waits for one."""
@@ -356,6 +347,11 @@ def refuse(message: str) -> NoReturn:
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg=message)
     raise StateError(message)
+
+
+def _lets_documents_mix(stack: Stack, mask: Tensor | None) -> bool:
+    """A decoder that is given a 2-D mask beside packed rows is asked to (TRL's wrapped packing)."""
+    return stack.role == "decoder" and mask is not None and mask.dim() == 2
 
 
 def _is_cross(site: Site) -> bool:

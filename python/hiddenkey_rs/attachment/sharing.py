@@ -31,7 +31,6 @@ class Sharing:
             self.layers = _common(handle.stacks)
             if not self.layers:
                 self.reason = "the first layer drops already"
-        self._outputs: list[Any] = []
         self._session = handle.session
         self._replaced: list[nn.Module] = []
 
@@ -59,39 +58,28 @@ class Sharing:
     @contextmanager
     def recording(self, compiled: bool) -> Iterator[None]:
         """A gradient pass inside leaves what the second pass will need. Replays of checkpoints come later, outside."""
-        if compiled:
-            self._replace()
-            self._session.left = {}
-            yield
-            return
-        self._outputs = [None] * len(self.layers)
+        self._session.left = {}
         with ExitStack() as removers:
-            for index, layers in enumerate(self.layers):
-                handle = layers[-1].register_forward_hook(self._keeper(index))
-                removers.callback(handle.remove)
+            if compiled:
+                self._replace()
+            else:
+                for number, layers in enumerate(self.layers):
+                    removers.callback(layers[-1].register_forward_hook(self._keeper(number)).remove)
             yield
 
     @contextmanager
     def skipping(self, compiled: bool) -> Iterator[None]:
         """A pass inside takes what the last gradient pass left, and runs none of the shared layers."""
-        if compiled:
-            self._session.handed, self._session.left = self._session.left, {}
-            try:
-                yield
-            finally:
-                self._session.handed, self._session.left = {}, {}
-            return
-        self.detach()  # a model may be compiled and called as it is, too
-        skipped = [layer for layers in self.layers for layer in layers]
-        for layers, output in zip(self.layers, self._outputs, strict=True):
-            for layer in layers:
-                layer.forward = lambda *_, output=output, **__: output
-        try:
+        left, self._session.left = self._session.left, {}
+        with ExitStack() as removers:
+            if compiled:
+                self._session.handed = left
+                removers.callback(self._session.handed.clear)
+            else:
+                for number, layers in enumerate(self.layers):
+                    for layer in layers:
+                        removers.enter_context(_handing_on(layer, left.get(number)))
             yield
-        finally:
-            for layer in skipped:
-                del layer.forward
-            self._outputs = []
 
     def _replace(self) -> None:
         if not self._replaced:
@@ -100,11 +88,24 @@ class Sharing:
                     layer.forward = _sharing_forward(layer.forward, self._session, number, layer is layers[-1])
                     self._replaced.append(layer)
 
-    def _keeper(self, index: int) -> Any:
+    def _keeper(self, number: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs[index] = _detached(output)
+            self._session.left[number] = _detached(output)
 
         return keep
+
+
+@contextmanager
+def _handing_on(layer: nn.Module, output: Any) -> Iterator[None]:
+    """While this lasts the layer hands ``output`` on; what it had for a forward method of its own comes back."""
+    own = vars(layer).get("forward")
+    layer.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 def _sharing_forward(own: Callable[..., Any], session: Session, number: int, last: bool) -> Callable[..., Any]:

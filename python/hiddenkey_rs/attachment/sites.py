@@ -7,7 +7,7 @@ Discovery walks the model once at attach time, by the family registry and by nam
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -157,26 +157,29 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
     """
     depths = {stack.role: stack.depths for stack in stacks}
     chosen = resolve_layers(config.layers, depths.get("encoder"), depths.get("decoder"))
-    _check_rate_pattern(config, stacks, output, chosen)
+    asked: list[tuple[Site, int]] = []
     for stack in stacks:
         for site in stack.sites:
             for depth in _depths(site, stack, chosen[stack.role]):
                 drop = _drop(config, site, depth)
-                if drop is not None and drop.threshold:
+                if drop is None:
+                    continue
+                asked.append((site, depth))
+                if drop.threshold:
                     site.drops[depth] = drop
                     site.layer.guided |= drop.start == "attention"
         stack.entries = (_entries(stack, cross=False), _entries(stack, cross=True))
-    if config.output is None:
-        return
-    if output is not None:
+    if config.output is not None and output is not None:
+        asked.append((output, 0))
         drop = SiteDrop("output", "element", rate_for(config, config.output.rate, [output.name]), rescale=True)
         if drop.threshold:
             output.drops[0] = drop
-    elif config.output.rate > 0:
+    elif config.output is not None and config.output.rate > 0:
         raise ConfigError(
             f"the model has no classifier or language-modelling head for the output position "
             f"(got output rate {config.output.rate}); set output=None"
         )
+    _check_rate_pattern(config, stacks, output, asked)
 
 
 def _entries(stack: Stack, cross: bool) -> tuple[PlanEntry, ...]:
@@ -215,26 +218,18 @@ def _names(site: Site, depth: int) -> list[str]:
 
 
 def _check_rate_pattern(
-    config: HiddenKeyConfig, stacks: list[Stack], output: Site | None, chosen: Mapping[str, frozenset[int]]
+    config: HiddenKeyConfig, stacks: list[Stack], output: Site | None, asked: list[tuple[Site, int]]
 ) -> None:
+    """Every pattern names something, and one with a rate something that the config asks to drop (``asked``)."""
     sites = [(site, depth) for stack in stacks for site in stack.sites for depth in range(stack.depths)]
-    known = ", ".join(dict.fromkeys(_names(site, depth)[0] for site, depth in sites[:6]))
-    dropping = [
-        (site, depth)
-        for stack in stacks
-        for site in stack.sites
-        for depth in _depths(site, stack, chosen[stack.role])
-        if _drop(config, site, depth) is not None
-    ]
-    if output is not None:
-        sites.append((output, 0))
-        dropping += [(output, 0)] if config.output is not None else []
+    sites += [(output, 0)] if output is not None else []
     for pattern, rate in config.rate_pattern.items():
         if not any(matches(pattern, _names(site, depth)) for site, depth in sites):
+            known = ", ".join(dict.fromkeys(_names(site, depth)[0] for site, depth in sites[:6]))
             raise ConfigError(
                 f"a rate pattern matches no layer and no module of the model (got {pattern!r}); names look like {known}"
             )
-        if rate > 0 and not any(matches(pattern, _names(site, depth)) for site, depth in dropping):
+        if rate > 0 and not any(matches(pattern, _names(site, depth)) for site, depth in asked):
             raise ConfigError(
                 f"a rate pattern matches only layers and modules that drop nothing (got {pattern!r}: {rate}, "
                 f"layers={config.layers!r}); drop there (layers, attention, hidden, input, output), or leave the pattern out"

@@ -19,7 +19,16 @@ from .. import losses
 from ..config import Consistency
 from ..errors import DataError
 from .checks import on_compiled
-from .compared import answer_loss, answers, compared_rows, compares_features, count_items, shifts_labels, targets
+from .compared import (
+    answer_logits,
+    answer_loss,
+    answers,
+    compared_rows,
+    compares_features,
+    count_items,
+    shifts_labels,
+    targets,
+)
 from .head import Head, token_losses, without_logits
 from .sharded import gathered
 
@@ -63,7 +72,7 @@ def compute(
     nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
     if nothing:  # a mean over nothing is NaN, and so is its gradient
-        zero = 0.0 * _logits(passes.outputs).sum()
+        zero = 0.0 * (answer_logits(passes.outputs) if answers(batch) else passes.outputs.logits).sum()
         return LossOutput(zero, zero.detach(), None if part is None else zero.detach(), passes.outputs)
     per_row = None
     if part is not None and passes.second is not None:
@@ -147,8 +156,9 @@ def _passes(
         return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch)
     compared = rows or (lambda batch, outputs, features: compared_rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
+        size = len(batch["labels"] if batch.get("labels") is not None else batch["start_positions"])
         doubled = {
-            name: torch.cat([value, value]) if _per_row(value, batch) else value
+            name: torch.cat([value, value]) if _per_row(value, size) else value
             for name, value in batch.items()
             if name not in _ONE_ROW
         }
@@ -233,14 +243,8 @@ def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
     return labels.ne(losses.IGNORED).flip(1).cumsum(1).flip(1).ne(0)
 
 
-def _logits(outputs: Any) -> Tensor:
-    found: Tensor = outputs.start_logits + outputs.end_logits if "start_logits" in outputs else outputs.logits
-    return found
-
-
-def _per_row(value: Any, batch: dict[str, Any]) -> bool:
-    labels = targets(batch)
-    return labels is not None and isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(labels)
+def _per_row(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == rows
 
 
 @contextmanager

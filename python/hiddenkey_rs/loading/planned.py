@@ -28,7 +28,7 @@ def check_split(
     if not isinstance(config, HiddenKeyConfig):
         config = HiddenKeyConfig() if config is None else HiddenKeyConfig.preset(config)
     for name, part in (("attention", config.attention), ("hidden", config.hidden)):
-        if part is not None and part.pattern == "span" and (part.rate > 0 or any(config.rate_pattern.values())):
+        if part is not None and part.pattern == "span" and config.drops_by(part):
             raise ConfigError(
                 f"a span is drawn in a whole document, and {cutter} cuts documents (got {name} pattern 'span'); "
                 f"use {instead}, or another pattern"

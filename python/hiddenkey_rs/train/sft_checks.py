@@ -45,8 +45,7 @@ def check_cuts(args: Any, config: HiddenKeyConfig) -> None:
         return
     check_split(config, f"packing_strategy={strategy!r}", "packing_strategy='bfd'")
     part = config.attention
-    drops = part is not None and (part.rate > 0 or any(config.rate_pattern.values()))
-    if strategy == "wrapped" and drops and part is not None and part.pattern == "element":
+    if strategy == "wrapped" and part is not None and part.pattern == "element" and config.drops_by(part):
         raise ConfigError(
             "packing_strategy='wrapped' lets the documents of a row attend to each other, and pairs of tokens of two "
             "documents have no mask (got attention pattern 'element'); use packing_strategy='bfd', or pattern='column'"
