@@ -428,17 +428,27 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+def owner(name: str) -> int:
+    """The process that made a tensor's file: torch_PID_RANDOM_COUNT."""
+    return int(name.split("_")[1])
+
+
+def alive(name: str) -> bool:
+    return Path(f"/proc/{owner(name)}").exists()  # another test's, in a process beside this one
+
+
 def lose_a_worker(stateful_too: bool, answers) -> None:
     options = {"num_workers": 2, "prefetch_factor": 8, "multiprocessing_context": "fork", "stateful": stateful_too}
     loader = build_dataloader(store_of(2000), batch_size=4, **options, **ALONE)
     batches = iter(loader)
     kept = [next(batches) for _ in range(3)]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises wherever Python happens to be
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    victim = multiprocessing.active_children()[0].pid
+    os.kill(victim, signal.SIGKILL)
     try:
         kept.extend(batches)
     except LostWorkerError as error:
-        answers.put((str(error), len(kept) < len(loader)))
+        answers.put((str(error), len(kept) < len(loader), victim))
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm to look into")
@@ -451,11 +461,15 @@ def test_a_killed_worker_ends_the_iteration_and_leaves_nothing(stateful_too: boo
     trainer.start()
     trainer.join(60)
     assert trainer.exitcode == 0
-    message, early = answers.get()
+    message, early, victim = answers.get()
     assert re.match(r"a worker of the loader died \(got '.+'\); if memory ran out, use fewer workers or none", message)
     assert early
     del answers
-    assert {name for name in shared_memory() - before if name.startswith("torch")} == set()
+    # torch takes a tensor's name away just after it made it: killed in between, a worker leaves that one file.
+    left = {name for name in shared_memory() - before if name.startswith("torch") and not alive(name)}
+    for name in left:
+        os.unlink(f"/dev/shm/{name}")
+    assert len(left) <= 1 and all(owner(name) == victim for name in left), left
 
 
 # -- hostile input ------------------------------------------------------------------------------------------------
