@@ -7,7 +7,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs')
 # Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
 DATA ?= ../shared/data
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PLANS := controls tuned single_methods compensation generation llama
+PLANS := controls tuned tuned_by_loss single_methods compensation generation llama
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
