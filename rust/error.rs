@@ -109,6 +109,8 @@ pub enum Error {
         /// How many ids there are.
         vocabulary: i64,
     },
+    /// A pattern whose masks are not planned.
+    Pattern(u64),
     /// No such instruction set, or not on this processor.
     Simd(String),
     /// The caller asked to stop.
@@ -119,7 +121,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Range { name, value, most } => {
-                write!(f, "{name} must lie in 0..={most} (got {value}); stay within the stream's limits")
+                write!(f, "{name} must lie in 0..={most} (got {value}); stay within its limits")
             }
             Error::Rate(rate) => write!(f, "rate must be a number in [0, 1] (got {rate}); 0 drops nothing"),
             Error::Scale(scale) => write!(f, "scale must be a finite number above 0 (got {scale}); 1 rescales nothing"),
@@ -137,7 +139,10 @@ impl fmt::Display for Error {
             Error::Room { numbers } => {
                 write!(f, "there is not so much memory (got {numbers} numbers to hold); work on fewer at once")
             }
-            Error::Empty => write!(f, "an epoch has at least one sample (got 0); check that the data set was read"),
+            Error::Empty => write!(
+                f,
+                "an epoch, a window and a batch have at least one sample (got 0); check that the data set was read"
+            ),
             Error::Budget { sample, length, budget } => write!(
                 f,
                 "a sample is longer than the token budget (got {length} tokens of sample {sample} for {budget}); raise \
@@ -147,7 +152,7 @@ impl fmt::Display for Error {
                 write!(f, "capacity must lie in 1..=2^24 tokens (got {capacity}); use the model's context length")
             }
             Error::Pieces(pieces) => {
-                write!(f, "at most 2^32 - 1 pieces are packed at once (got {pieces}); pack the data set in parts")
+                write!(f, "at most 2^28 pieces are packed at once (got {pieces}); pack the data set in parts")
             }
             Error::NegativeLength { document, length } => {
                 write!(f, "document {document} has a negative length (got {length}); rebuild the offsets")
@@ -172,6 +177,10 @@ impl fmt::Display for Error {
                 f,
                 "row {row} holds a token id outside the vocabulary (got {token} at position {position}, not in \
                  0..{vocabulary}); tokenise with the model's own tokenizer"
+            ),
+            Error::Pattern(code) => write!(
+                f,
+                "columns (1) and spans (2) alone are planned (got pattern {code}); draw other masks where they are used"
             ),
             Error::Simd(name) => write!(
                 f,
@@ -211,7 +220,7 @@ mod tests {
     #[test]
     fn messages_name_the_value_and_the_way_out() {
         let range = Error::Range { name: "layer", value: 1024, most: 1023 };
-        assert_eq!(range.to_string(), "layer must lie in 0..=1023 (got 1024); stay within the stream's limits");
+        assert_eq!(range.to_string(), "layer must lie in 0..=1023 (got 1024); stay within its limits");
         assert!(Error::Rate(f64::NAN).to_string().contains("got NaN"));
         assert!(Error::Scale(-1.0).to_string().contains("got -1"));
         assert!(Error::Lengths { lengths: 1, samples: 2 }.to_string().contains("1 lengths for 2 samples"));
@@ -233,6 +242,7 @@ mod tests {
         assert!(offsets.to_string().contains("row 2 go backwards or beyond the values (got 9..4 of 12)"));
         let token = Error::Token { row: 2, position: 1, token: -4, vocabulary: 10 };
         assert!(token.to_string().contains("row 2 holds a token id outside the vocabulary (got -4 at position 1"));
+        assert!(Error::Pattern(0).to_string().contains("got pattern 0"));
         assert!(Error::Simd("sse9".into()).to_string().contains("got \"sse9\""));
         assert!(Error::Interrupted.to_string().contains("interrupted"));
     }

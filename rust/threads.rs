@@ -1,7 +1,7 @@
 //! Long work: on which instruction set, on how many threads, and how it is stopped.
 
 use crate::error::{Error, Result};
-use crate::simd::Engine;
+use crate::simd::{Engine, Mode};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -58,7 +58,7 @@ impl Run<'_> {
             }
             queue.lock().unwrap_or_else(PoisonError::into_inner).next()
         };
-        let help = || {
+        let help = &|| {
             while let Some(task) = next() {
                 work(task);
             }
@@ -74,12 +74,14 @@ impl Run<'_> {
             }
         };
         let helpers = if count < WORTH_WAKING { 0 } else { self.threads.min(count).saturating_sub(1) };
+        let mode = Mode::of_this_thread();
         match pool(helpers) {
             Some(pool) => pool.threads.in_place_scope(|scope| {
-                for _ in 0..pool.lend(helpers) {
-                    scope.spawn(|_| {
+                for lent in pool.lend(helpers) {
+                    scope.spawn(move |_| {
+                        let _lent = lent;
+                        mode.adopt();
                         help();
-                        pool.idle.fetch_add(1, Ordering::Relaxed);
                     });
                 }
                 lead();
@@ -91,22 +93,42 @@ impl Run<'_> {
 }
 
 struct Pool {
-    process: u32,
+    process: Process,
     helpers: usize,
     threads: ThreadPool,
     idle: AtomicUsize,
 }
 
+/// A helper of a pool, idle again once this goes, by a panic too.
+struct Lent<'a>(&'a Pool);
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.0.idle.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 impl Pool {
     /// Set so many helpers aside, or as many as are idle. A call never queues behind another one: it would wait for the
     /// other's whole mask, and could not be stopped meanwhile.
-    fn lend(&self, wanted: usize) -> usize {
+    fn lend(&self, wanted: usize) -> impl Iterator<Item = Lent<'_>> {
         let lend = |idle: usize| Some(idle - idle.min(wanted));
-        self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lend).map_or(0, |idle| idle.min(wanted))
+        let idle = self.idle.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lend).unwrap_or(0);
+        (0..idle.min(wanted)).map(|_| Lent(self))
     }
 }
 
 static POOL: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
+
+/// A process' number, and how many forks it is away from the first one, as far as those were told of: numbers return.
+type Process = (u32, usize);
+
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+/// This process was just forked.
+pub fn forked() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
 
 /// A pool of at least so many threads, or `None`: do the work alone.
 ///
@@ -117,15 +139,14 @@ fn pool(helpers: usize) -> Option<Arc<Pool>> {
         return None;
     }
     let mut slot = POOL.try_lock().ok()?;
-    let process = std::process::id();
-    match slot.take() {
-        Some(pool) if pool.process == process && pool.helpers >= helpers => *slot = Some(pool),
-        other => {
-            if let Some(inherited) = other.filter(|pool| pool.process != process) {
-                std::mem::forget(inherited); // its threads do not exist here, so it must not wait for them
-            }
-            let name = |index| format!("hiddenkey-{index}");
-            let threads = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build().ok()?;
+    let process = (std::process::id(), FORKS.load(Ordering::Relaxed));
+    if let Some(inherited) = slot.take_if(|pool| pool.process != process) {
+        std::mem::forget(inherited); // its threads do not exist here, so it must not wait for them
+    }
+    if slot.as_ref().is_none_or(|pool| pool.helpers < helpers) {
+        let name = |index| format!("hiddenkey-{index}");
+        // Threads that cannot be had leave the pool that there is.
+        if let Ok(threads) = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build() {
             *slot = Some(Arc::new(Pool { process, helpers, threads, idle: AtomicUsize::new(helpers) }));
         }
     }
@@ -156,6 +177,40 @@ mod tests {
         });
         assert_eq!(outcome, Err(Error::Interrupted));
         assert!(done.into_inner() < 1000);
+    }
+
+    /// A helper that panics is lent again.
+    #[test]
+    fn a_panic_costs_no_helper() {
+        let run = Run { threads: 2, ..Run::new().unwrap() };
+        let me = std::thread::current().id();
+        let alone = |_: usize| {
+            std::thread::sleep(Duration::from_millis(1));
+            assert!(std::thread::current().id() == me, "a helper's");
+        };
+        for _ in 0..3 {
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.for_each(0..200, 200, alone)));
+            assert!(outcome.is_err(), "no helper came");
+        }
+    }
+
+    /// Helpers flush subnormal numbers if and only if the calling thread does.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn helpers_compute_as_their_caller() {
+        let run = Run { threads: 2, ..Run::new().unwrap() };
+        let halves = || {
+            let mut out = [f32::NAN; 4000];
+            run.for_each(out.iter_mut(), 4000, |place| *place = std::hint::black_box(1e-39f32) * 0.5).unwrap();
+            out.map(f32::to_bits)
+        };
+        let before = Mode::of_this_thread();
+        assert!(halves().iter().all(|&bits| bits != 0));
+        Mode::flushing().adopt();
+        let flushed = halves();
+        before.adopt();
+        assert_eq!(flushed, [0; 4000]);
+        assert!(halves().iter().all(|&bits| bits != 0));
     }
 
     /// Two calls at once, one of them long: the short one must not wait for the long one's helpers.

@@ -63,6 +63,35 @@ def test_large_results_and_strided_inputs() -> None:
     assert torch.equal(out, ops.drop_hidden(hidden, torch.from_numpy(keep), 1.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (2, 0, 4), (0, 0)])
+def test_nothing_to_drop(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    hidden = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    places = torch.zeros(hidden.shape[:-1].numel(), dtype=torch.int64)
+    out, kept = ops.drop_elements(hidden, torch.tensor([KEYS[0].derive()]), places, places, 9000, 1.25)
+    rows = ops.drop_rows(hidden, places == 0, 1.25)
+    assert out.shape == rows.shape == shape and not kept and out.dtype == dtype
+    (out.sum() + rows.sum()).backward()
+    assert hidden.grad is not None and hidden.grad.shape == shape
+
+
+def test_subnormal_numbers_are_flushed_everywhere_or_nowhere() -> None:
+    """Helpers compute as the thread that they help: torch changes the setting of one thread alone."""
+    hidden = torch.full((4096, 512), 1e-40)
+    places = torch.arange(4096)
+    arguments = (hidden, torch.tensor([KEYS[0].derive()]), places, places, 1, 1.0)
+    threads = hk.get_num_threads()
+    try:
+        hk.set_num_threads(2)
+        kept = int(ops.drop_elements(*arguments)[0].view(torch.int32).count_nonzero())
+        assert torch.set_flush_denormal(True)
+        flushed = ops.drop_elements(*(arguments[:-1] + (1.5,)))[0].view(torch.int32).count_nonzero(1)
+    finally:
+        torch.set_flush_denormal(False)
+        hk.set_num_threads(threads)
+    assert kept > 4096 * 500 and len(set((flushed > 0).tolist())) == 1
+
+
 def test_is_an_operator_that_compiles() -> None:
     hidden, keys, samples, positions = batch(torch.float32, 37)
     torch.library.opcheck(ops.drop_elements, (hidden, keys, samples, positions, 9000, 1.25))

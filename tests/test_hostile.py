@@ -12,7 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import hiddenkey_rs as hk
 from hiddenkey_rs import HiddenKeyError, MaskKey, _core, masks, plan_step
+from hiddenkey_rs.batches.order import Order
 from hiddenkey_rs.errors import ConfigError, DataError
 from hiddenkey_rs.masks import SITES
 from reference import masks as reference
@@ -302,3 +304,35 @@ def test_the_core_itself(name: str) -> None:
             getattr(_core, name)(*chosen(drawn, arrays))
 
     search()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_too_long_to_write(sign: int) -> None:
+    value = sign * 10**5000
+    for call in (
+        lambda: MaskKey(seed=value),
+        lambda: masks.column(KEY, [0], value, 0.1),
+        lambda: hk.AttentionDrop(position="dropkey", pattern="column", rate=value),
+        lambda: Order(value, 0, 5),
+    ):
+        with pytest.raises(ConfigError, match="got an integer of 16610 bits"):
+            call()
+
+
+def test_arrays_that_lie_otherwise_are_refused() -> None:
+    """Columns first, or not aligned: read in the order of memory their numbers would be other ones."""
+    hidden, out = np.arange(12, dtype=np.float32).reshape(3, 4), np.empty((3, 4), np.float32)
+    keep = np.ones(3, np.uint8)
+    _core.dropout_rows(keep, 1.0, (hidden, out))
+    assert (out == hidden).all()
+    odd = np.frombuffer(bytes(49), np.float32, count=12, offset=1).reshape(3, 4)
+    for bad in ((np.asfortranarray(hidden), out), (hidden, np.asfortranarray(out)), (odd, out)):
+        with pytest.raises(DataError, match=r"row by row \(got (strides of \[4, 12\] bytes|misaligned memory)\)"):
+            _core.dropout_rows(keep, 1.0, bad)
+
+
+@pytest.mark.parametrize("pattern", [0, 3, 9])
+def test_what_is_planned_is_said(pattern: int) -> None:
+    entries = np.array([[0, 0, pattern, 1, 100]], np.uint64)
+    with pytest.raises(ConfigError, match=rf"got pattern {pattern}\)"):
+        masks.fill_plan(0, 0, entries, np.array([1]), np.array([0]), np.array([4]), 4)

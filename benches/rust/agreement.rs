@@ -4,7 +4,7 @@
 //! bytes and in a plan, and compared with the portable path on one thread; some bits are compared with the definition,
 //! one call of the generator each. Prints what was compared in Markdown; exits with status 1 if a bit differs.
 
-use hiddenkey_rs::mask::plan::{Documents, Entry, plan};
+use hiddenkey_rs::mask::plan::{Documents, Entry, Planned, plan};
 use hiddenkey_rs::mask::{self, Shape, bits};
 use hiddenkey_rs::rng::philox::philox4x32;
 use hiddenkey_rs::rng::stream::{MAX_SAMPLE, Pattern, Site, SiteKey};
@@ -125,7 +125,8 @@ impl Case {
         let Site { seed, step, branch, layer, site } = self.site;
         let branches = vec![branch; self.samples.len()];
         let documents = Documents { samples: &self.samples, branches: &branches, lengths: &self.lengths, columns };
-        let entry = Entry { layer, site, pattern: self.pattern, heads: self.heads, threshold: self.threshold };
+        let pattern = Planned::of(self.pattern as u64)?;
+        let entry = Entry { layer, site, pattern, heads: self.heads, threshold: self.threshold };
         let (mut words, mut counts) = (vec![1; expected.len()], vec![1; self.samples.len() * self.heads]);
         plan(run, (seed, step), &[entry], documents, &mut words, &mut counts)?;
         let mut rows = words.chunks_exact(bits::words(columns)).zip(&counts);

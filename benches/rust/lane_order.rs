@@ -3,7 +3,9 @@
 //! `cargo bench --bench lane_order`. All variants of the shipped order must agree with the library before any is timed.
 
 use hiddenkey_rs::mask::{Shape, element};
-use hiddenkey_rs::rng::stream::{Pattern, Site, SiteKey};
+#[cfg(target_arch = "x86_64")]
+use hiddenkey_rs::rng::stream::Pattern;
+use hiddenkey_rs::rng::stream::{Site, SiteKey};
 use hiddenkey_rs::simd::{Engine, Level};
 use hiddenkey_rs::threads::Run;
 use std::hint::black_box;

@@ -2,9 +2,9 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use hiddenkey_rs::apply::Rows;
-use hiddenkey_rs::mask::plan::{Documents, Entry, plan};
+use hiddenkey_rs::mask::plan::{Documents, Entry, Planned, plan};
 use hiddenkey_rs::mask::{Shape, bits, column, element, element_bytes, span};
-use hiddenkey_rs::rng::stream::{Pattern, Site, SiteKey};
+use hiddenkey_rs::rng::stream::{Site, SiteKey};
 use hiddenkey_rs::simd::{Engine, Level};
 use hiddenkey_rs::threads::Run;
 use std::time::Duration;
@@ -29,11 +29,11 @@ fn elements(c: &mut Criterion) {
         for (name, run) in runs() {
             let mut words = vec![0; rows * bits::words(columns)];
             group.bench_function(BenchmarkId::new("packed", name), |b| {
-                b.iter(|| element(&run, key(), shape, THRESHOLD, &mut words));
+                b.iter(|| element(&run, key(), shape, THRESHOLD, &mut words).unwrap());
             });
             let mut bytes = vec![0; rows * columns];
             group.bench_function(BenchmarkId::new("bytes", name), |b| {
-                b.iter(|| element_bytes(&run, key(), shape, THRESHOLD, &mut bytes));
+                b.iter(|| element_bytes(&run, key(), shape, THRESHOLD, &mut bytes).unwrap());
             });
         }
     }
@@ -48,10 +48,10 @@ fn structured(c: &mut Criterion) {
     for (name, run) in runs() {
         let mut words = vec![0; 32 * 16 * 16];
         group.bench_function(BenchmarkId::new("column", name), |b| {
-            b.iter(|| column(&run, key(), shape, Some(&lengths), THRESHOLD, &mut words));
+            b.iter(|| column(&run, key(), shape, Some(&lengths), THRESHOLD, &mut words).unwrap());
         });
         group.bench_function(BenchmarkId::new("span", name), |b| {
-            b.iter(|| span(&run, key(), shape, &lengths, THRESHOLD, &mut words));
+            b.iter(|| span(&run, key(), shape, &lengths, THRESHOLD, &mut words).unwrap());
         });
     }
     group.finish();
@@ -59,12 +59,12 @@ fn structured(c: &mut Criterion) {
     group.throughput(Throughput::Elements(24 * 32 * 16 * 512));
     let documents = Documents { samples: &samples, branches: &[0; 32], lengths: &lengths, columns: 512 };
     for (name, run) in runs() {
-        for pattern in [Pattern::Column, Pattern::Span] {
+        for pattern in [Planned::Column, Planned::Span] {
             let entries: Vec<Entry> =
                 (0..24).map(|layer| Entry { layer, site: 0, pattern, heads: 16, threshold: THRESHOLD }).collect();
             let (mut words, mut counts) = (vec![0; 24 * 32 * 16 * 16], vec![0; 24 * 32 * 16]);
             group.bench_function(BenchmarkId::new(format!("{pattern:?}"), name), |b| {
-                b.iter(|| plan(&run, (1, 2), &entries, documents, &mut words, &mut counts));
+                b.iter(|| plan(&run, (1, 2), &entries, documents, &mut words, &mut counts).unwrap());
             });
         }
     }
@@ -82,11 +82,11 @@ fn applied(c: &mut Criterion) {
     for (name, run) in runs() {
         let apply = hiddenkey_rs::apply::element::<f32>;
         group.bench_function(BenchmarkId::new("float32", name), |b| {
-            b.iter(|| apply(&run, key(), tokens, THRESHOLD, 1.1, &x, &mut out));
+            b.iter(|| apply(&run, key(), tokens, THRESHOLD, 1.1, &x, &mut out).unwrap());
         });
         let apply = hiddenkey_rs::apply::element::<u16>;
         group.bench_function(BenchmarkId::new("bfloat16", name), |b| {
-            b.iter(|| apply(&run, key(), tokens, THRESHOLD, 1.1, &h, &mut hout));
+            b.iter(|| apply(&run, key(), tokens, THRESHOLD, 1.1, &h, &mut hout).unwrap());
         });
     }
 }

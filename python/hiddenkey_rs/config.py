@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .serialise import Serialisable, choice
 
 RATE_LEVELS = 1 << 16
@@ -42,11 +42,11 @@ def check_rate(rate: Any, name: str, closed: bool = False) -> float:
     """``rate`` as a float in [0, 1) (``closed``: [0, 1]), or a :class:`ConfigError`."""
     number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if not number or not (0 <= rate < 1 or (closed and rate == 1)):
-        raise ConfigError(f"{name} must be a number in [0, 1{']' if closed else ')'} (got {rate!r}); 0 drops nothing")
+        raise ConfigError(f"{name} must be a number in [0, 1{']' if closed else ')'} (got {shown(rate)}); 0 drops nothing")
     rate = float(rate)
     if not closed and rate > 0 and math.floor(RATE_LEVELS * rate + 0.5) in (0, RATE_LEVELS):
         raise ConfigError(
-            f"{name} is nearer to 0 or 1 than masks can realise, whose rates are multiples of 2**-16 (got {rate!r}); "
+            f"{name} is nearer to 0 or 1 than masks can realise, whose rates are multiples of 2**-16 (got {shown(rate)}); "
             "use 0, or a rate between 2**-16 and 1 - 2**-16"
         )
     return rate

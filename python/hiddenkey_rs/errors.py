@@ -4,6 +4,17 @@ Every message has the form ``WHAT (got VALUE); HOW TO MEND IT``.
 """
 
 
+from typing import Any
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` for a message; of an integer that is too long for one, its size."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
 class HiddenKeyError(Exception):
     """Base class of every error that this library raises on purpose."""
 

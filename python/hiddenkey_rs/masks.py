@@ -6,6 +6,7 @@ Stream ``hk1``: the counter table is in DESIGN.md.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from . import _core
 from .config import RATE_LEVELS, threshold
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, shown
 from .serialise import choice
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ SITES = {
     "adapter-rank": 9,
 }
 """Places that draw masks, and their codes in the stream. The plain names are the only stack's or the encoder's."""
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork, and a child may get a number that its parent had
+    os.register_at_fork(after_in_child=_core.forked)
 
 _WORD, _BOOL = np.dtype(np.uint32), np.dtype(np.bool_)
 _SIGNED, _UNSIGNED = np.dtype(np.int64), np.dtype(np.uint64)
@@ -394,7 +398,7 @@ def check_integer(value: Any, name: str, most: int) -> None:
     """A :class:`ConfigError` that names ``value``, unless it is an integer in 0..=most."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 0 <= value <= most:
-        raise ConfigError(f"{name} must be an integer in 0..={most} (got {value!r}); stay within the stream's limits")
+        raise ConfigError(f"{name} must be an integer in 0..={most} (got {shown(value)}); stay within its limits")
 
 
 def _samples(samples: Any) -> NDArray[np.uint64]:

@@ -11,6 +11,9 @@ use crate::threads::Run;
 /// The largest capacity: the histogram has one place a length.
 pub const MAX_CAPACITY: u64 = 1 << 24;
 
+/// The most pieces: one costs 36 bytes, so that a length that is wrong must not ask for more than a machine has.
+pub const MAX_PIECES: u64 = 1 << 28;
+
 /// What becomes of a document that is longer than a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TooLong {
@@ -64,7 +67,7 @@ pub fn pack<L: Length>(run: &Run<'_>, lengths: &[L], capacity: u64, too_long: To
     }
     let histogram = histogram(run, lengths, capacity, too_long)?;
     let pieces = histogram.iter().fold(0, |sum: u64, &count| sum.saturating_add(count)).max(lengths.len() as u64);
-    if pieces > u64::from(u32::MAX) {
+    if pieces > MAX_PIECES {
         return Err(Error::Pieces(pieces));
     }
     let placed = Placed::first_fit(run, &histogram, capacity as usize)?;

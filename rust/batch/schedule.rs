@@ -4,9 +4,10 @@
 
 use super::order::{Order, SAMPLES};
 use super::share::{cost, even_cut, greedy_cut};
-use crate::error::{Error, Result, at_most};
+use crate::error::{Error, Result, at_most, filled, room};
 use crate::threads::Run;
 use std::cmp::Reverse;
+use std::sync::OnceLock;
 
 /// Most samples of a window; one costs 40 bytes a sample while it is made.
 pub const MAX_WINDOW: u64 = 1 << 26;
@@ -87,7 +88,7 @@ impl Epoch<'_> {
             Some(order) => order.fill(run, start, samples)?,
             None => in_place(start, samples),
         }
-        let sorted = self.sorted(samples);
+        let sorted = self.sorted(samples)?;
         if (run.interrupted)() {
             return Err(Error::Interrupted);
         }
@@ -105,35 +106,38 @@ impl Epoch<'_> {
     }
 
     /// (length, sample) by falling length; equal ones stay in order.
-    fn sorted(&self, samples: &[i64]) -> Vec<(u32, i64)> {
-        let mut rows: Vec<_> = samples.iter().map(|&sample| (self.lengths[sample as usize], sample)).collect();
+    fn sorted(&self, samples: &[i64]) -> Result<Vec<(u32, i64)>> {
+        let mut rows = room(samples.len())?;
+        rows.extend(samples.iter().map(|&sample| (self.lengths[sample as usize], sample)));
         let longest = rows.iter().map(|row| row.0).max().unwrap_or(0) as usize;
         if longest > rows.len() {
             // Counting would touch more memory than it saves.
             rows.sort_by_key(|row| Reverse(row.0));
-            return rows;
+            return Ok(rows);
         }
-        let mut next = vec![0u32; longest + 2];
+        let mut next = filled(longest + 2, 0u32)?;
         for row in &rows {
             next[longest - row.0 as usize + 1] += 1;
         }
         for at in 1..next.len() {
             next[at] += next[at - 1];
         }
-        let mut sorted = vec![(0, 0); rows.len()];
+        let mut sorted = filled(rows.len(), (0, 0))?;
         for row in rows {
             let place = &mut next[longest - row.0 as usize];
             sorted[*place as usize] = row;
             *place += 1;
         }
-        sorted
+        Ok(sorted)
     }
 
     /// The order in which a window's batches run, and where each ends in the sorted window.
     fn batches(&self, number: u64, sorted: &[(u32, i64)]) -> Result<(Vec<usize>, Vec<usize>)> {
         let drawn = |count: usize| -> Result<Vec<usize>> {
             let order = Order::new(self.seed, self.epoch, number + 1, count as u64)?;
-            Ok((0..count).map(|k| if self.shuffle { order.at(k as u64) as usize } else { k }).collect())
+            let mut places = room(count)?;
+            places.extend((0..count).map(|k| if self.shuffle { order.at(k as u64) as usize } else { k }));
+            Ok(places)
         };
         match self.cut {
             Cut::Rows(rows) => {
@@ -165,16 +169,22 @@ impl Epoch<'_> {
         let longest = (0u64..).zip(self.lengths).max_by_key(|&(sample, &length)| (length, Reverse(sample)));
         longest.map_or(Ok(()), |(sample, &length)| fits(sample, length, budget))?;
         let order = self.order()?;
-        run.for_each((0u64..).zip(counts), given, |(number, count)| {
+        let batches = |number| {
             let (start, stop) = self.positions(number);
-            let mut samples = vec![0; (stop - start) as usize];
+            let mut samples = filled((stop - start) as usize, 0)?;
             match &order {
                 Some(order) => order.fill_here(start, &mut samples),
                 None => in_place(start, &mut samples),
             }
-            let sorted = self.sorted(&samples);
-            *count = greedy_cut(sorted.len(), budget, |row| sorted[row].0).len() as i64;
-        })
+            let sorted = self.sorted(&samples)?;
+            Ok(greedy_cut(sorted.len(), budget, |row| sorted[row].0).len() as i64)
+        };
+        let failed = OnceLock::new();
+        run.for_each((0u64..).zip(counts), given, |(number, count)| match batches(number) {
+            Ok(found) => *count = found,
+            Err(error) => drop(failed.set(error)),
+        })?;
+        failed.into_inner().map_or(Ok(()), Err)
     }
 }
 
@@ -244,7 +254,7 @@ mod tests {
     fn equal_lengths_stay_in_order() {
         let epoch = Epoch { shuffle: false, window: 5, cut: Cut::Tokens(1800), ..EPOCH };
         assert_eq!(batches(&epoch, 0), Ok(vec![vec![1, 3], vec![0, 2, 4]]));
-        assert_eq!(epoch.sorted(&[4, 3, 2, 1, 0]), [(900, 3), (900, 1), (3, 0), (2, 2), (0, 4)]);
+        assert_eq!(epoch.sorted(&[4, 3, 2, 1, 0]).unwrap(), [(900, 3), (900, 1), (3, 0), (2, 2), (0, 4)]);
         let empty = Epoch { lengths: &[0; 5], window: 5, cut: Cut::Tokens(2), ..EPOCH };
         assert_eq!(batches(&empty, 0).unwrap().iter().map(Vec::len).max(), Some(2));
     }

@@ -6,6 +6,26 @@ use crate::rng::stream::{MAX_BRANCH, MAX_EXTENT, MAX_HEADS, Pattern, Site};
 use crate::simd::Engine;
 use crate::threads::{PIECE, Run};
 
+/// A pattern that is planned: element masks are made where they are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planned {
+    /// Whole columns.
+    Column,
+    /// One block of columns.
+    Span,
+}
+
+impl Planned {
+    /// The pattern of a tag in the counter.
+    pub fn of(code: u64) -> Result<Self> {
+        match code {
+            code if code == Pattern::Column as u64 => Ok(Planned::Column),
+            code if code == Pattern::Span as u64 => Ok(Planned::Span),
+            code => Err(Error::Pattern(code)),
+        }
+    }
+}
+
 /// One site of one layer.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
@@ -13,8 +33,8 @@ pub struct Entry {
     pub layer: u64,
     /// The code of the place in the layer.
     pub site: u64,
-    /// Column or span; element masks are made where they are used.
-    pub pattern: Pattern,
+    /// What is drawn.
+    pub pattern: Planned,
     /// Heads, at most 2^10.
     pub heads: usize,
     /// The rate's threshold, 0..=65536.
@@ -116,8 +136,8 @@ fn draw(
         let (sample, length) = (documents.samples[document], documents.lengths[document]);
         let bits = &mut words[index * width..(index + 1) * width];
         match entry.pattern {
-            Pattern::Span => span::draw(key, sample, head, length, entry.threshold, bits),
-            _ => column::draw(engine, key, sample, head, length as usize, entry.threshold, bits),
+            Planned::Span => span::draw(key, sample, head, length, entry.threshold, bits),
+            Planned::Column => column::draw(engine, key, sample, head, length as usize, entry.threshold, bits),
         }
         *count = engine.count(bits);
     }
@@ -134,7 +154,7 @@ mod tests {
         let documents =
             Documents { samples: &[9, 4, 9, 4], branches: &[0, 0, 1, 1], lengths: &[70, 33, 70, 0], columns: 70 };
         let entry = |layer, pattern, heads| Entry { layer, site: layer % 2, pattern, heads, threshold: 20_000 };
-        let entries = [entry(0, Pattern::Column, 3), entry(1, Pattern::Span, 1), entry(7, Pattern::Column, 2)];
+        let entries = [entry(0, Planned::Column, 3), entry(1, Planned::Span, 1), entry(7, Planned::Column, 2)];
         let (mut words, mut counts) = (vec![0xCDCD; 4 * 6 * 3], vec![9; 4 * 6]);
         plan(&run, (3, 5), &entries, documents, &mut words, &mut counts).unwrap();
         let mut at = 0;
@@ -146,7 +166,7 @@ mod tests {
                     Shape { samples: &documents.samples[index..=index], heads: entry.heads, rows: 1, columns: 70 };
                 let lengths = &documents.lengths[index..=index];
                 let mut expected = vec![0; 3 * entry.heads];
-                if entry.pattern == Pattern::Span {
+                if entry.pattern == Planned::Span {
                     super::super::span(&run, key, shape, lengths, 20_000, &mut expected).unwrap();
                 } else {
                     super::super::column(&run, key, shape, Some(lengths), 20_000, &mut expected).unwrap();
@@ -165,7 +185,7 @@ mod tests {
     fn bad_input_is_refused_before_anything_is_written() {
         let run = Run::new().unwrap();
         let good = Documents { samples: &[1], branches: &[0], lengths: &[3], columns: 3 };
-        let entry = Entry { layer: 0, site: 0, pattern: Pattern::Column, heads: 1, threshold: 1 };
+        let entry = Entry { layer: 0, site: 0, pattern: Planned::Column, heads: 1, threshold: 1 };
         let mut words = [7];
         let mut attempt =
             |entry, documents| plan(&run, (0, 0), &[entry], documents, &mut words, &mut [0]).unwrap_err().to_string();

@@ -3,8 +3,8 @@
 use numpy::{PyReadonlyArray1, PyReadwriteArray1, PyReadwriteArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use super::call;
 use super::errors::raise;
+use super::{call, read, write};
 use crate::batch::order::{Order, SAMPLES};
 use crate::batch::schedule::{Cut, Epoch};
 use crate::batch::share::Share;
@@ -28,7 +28,7 @@ fn order<'py>(
     start: u64,
     mut out: PyReadwriteArray1<'py, i64>,
 ) -> PyResult<()> {
-    let out = out.as_slice_mut()?;
+    let out = write(&mut out)?;
     call(py, |run| Order::new(seed, epoch, SAMPLES, size)?.fill(run, start, out))
 }
 
@@ -51,8 +51,8 @@ fn schedule<'py>(
     mut samples: PyReadwriteArray1<'py, i64>,
     mut ends: PyReadwriteArray1<'py, i64>,
 ) -> PyResult<usize> {
-    let lengths = lengths.as_slice()?;
-    let (samples, ends) = (samples.as_slice_mut()?, ends.as_slice_mut()?);
+    let lengths = read(&lengths)?;
+    let (samples, ends) = (write(&mut samples)?, write(&mut ends)?);
     let mut batches = 0;
     call(py, |run| epoch(drawn, sizes, lengths).window(run, window, samples, ends).map(|count| batches = count))?;
     Ok(batches)
@@ -67,7 +67,7 @@ fn schedule_counts<'py>(
     lengths: PyReadonlyArray1<'py, u32>,
     mut counts: PyReadwriteArray1<'py, i64>,
 ) -> PyResult<()> {
-    let (lengths, counts) = (lengths.as_slice()?, counts.as_slice_mut()?);
+    let (lengths, counts) = (read(&lengths)?, write(&mut counts)?);
     call(py, |run| epoch(drawn, sizes, lengths).counts(run, counts))
 }
 
@@ -80,7 +80,7 @@ fn share<'py>(
     mut out: PyReadwriteArray3<'py, i64>,
 ) -> PyResult<()> {
     let [ranks, micro] = [0, 1].map(|axis| out.shape()[axis]);
-    let (samples, lengths, out) = (samples.as_slice()?, lengths.as_slice()?, out.as_slice_mut()?);
+    let (samples, lengths, out) = (read(&samples)?, read(&lengths)?, write(&mut out)?);
     call(py, |_| Share { ranks, micro }.bounds(samples, lengths, out))
 }
 

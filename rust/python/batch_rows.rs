@@ -6,7 +6,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use super::{call, raise};
+use super::{call, raise, read, write};
 use crate::batch::pack::{Packing, TooLong, pack as pack_lengths};
 use crate::batch::pad::{self, Plane, Rows};
 use crate::batch::rows::{Documents, Values};
@@ -33,8 +33,8 @@ impl<'py> FromPyObject<'_, 'py> for Integers<'py> {
 impl Integers<'_> {
     fn values(&self) -> PyResult<Values<'_>> {
         Ok(match self {
-            Integers::Narrow(array) => Values::Narrow(array.as_slice()?),
-            Integers::Wide(array) => Values::Wide(array.as_slice()?),
+            Integers::Narrow(array) => Values::Narrow(read(array)?),
+            Integers::Wide(array) => Values::Wide(read(array)?),
         })
     }
 }
@@ -74,7 +74,7 @@ fn extent<'py>(
     rows: PyReadonlyArray1<'py, i64>,
     limit: usize,
 ) -> PyResult<(usize, usize)> {
-    Documents { offsets: offsets.as_slice()?, values }.extent(rows.as_slice()?, limit).map_err(raise)
+    Documents { offsets: read(&offsets)?, values }.extent(read(&rows)?, limit).map_err(raise)
 }
 
 /// Token ids, then labels and token types if the store has them.
@@ -106,14 +106,14 @@ fn gather<'py>(
     let tokens = columns.0.values()?;
     let labels = columns.1.as_ref().map(Integers::values).transpose()?;
     let types = columns.2.as_ref().map(Integers::values).transpose()?;
-    let documents = Documents { offsets: offsets.as_slice()?, values: tokens.len() };
-    let (rows, bounds) = (pieces.0.as_slice()?, pieces.2.as_ref().map(|bounds| bounds.as_slice()).transpose()?);
-    let cuts = pieces.1.as_ref().map(|(starts, lengths)| Ok::<_, PyErr>((starts.as_slice()?, lengths.as_slice()?)));
+    let documents = Documents { offsets: read(&offsets)?, values: tokens.len() };
+    let (rows, bounds) = (read(&pieces.0)?, pieces.2.as_ref().map(read).transpose()?);
+    let cuts = pieces.1.as_ref().map(|(starts, lengths)| Ok::<_, PyErr>((read(starts)?, read(lengths)?)));
     let cuts = cuts.transpose()?;
     let (ids, mut sample_out) = samples;
-    let ids = ids.as_ref().map(|ids| ids.as_slice()).transpose()?;
-    let (sample_out, width) = (sample_out.as_slice_mut()?, out.shape()[2]);
-    let out = out.as_slice_mut()?;
+    let ids = ids.as_ref().map(read).transpose()?;
+    let (sample_out, width) = (write(&mut sample_out)?, out.shape()[2]);
+    let out = write(&mut out)?;
     let joined = bounds.is_some();
     let mut found = None;
     call(py, |run| {

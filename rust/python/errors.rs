@@ -27,6 +27,7 @@ pub fn raise(error: Error) -> PyErr {
         Error::Range { .. }
         | Error::Rate(_)
         | Error::Scale(_)
+        | Error::Pattern(_)
         | Error::Simd(_)
         | Error::Capacity(_)
         | Error::Room { .. } => ConfigError::new_err(text),

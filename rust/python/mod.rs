@@ -1,6 +1,7 @@
 //! The extension module `hiddenkey_rs._core`: convert, release the GIL, call one core function, convert back.
 //!
 //! Results are written into arrays that the caller made: NumPy's allocator knows large pages, and memory can be reused.
+//! No other thread may write to an array, or resize it, while a call works on it without the GIL.
 
 mod batch_order;
 mod batch_rows;
@@ -9,20 +10,22 @@ mod errors;
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use numpy::ndarray::Dimension;
 use numpy::{
-    PyArrayDescrMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadonlyArray4, PyReadonlyArrayDyn,
-    PyReadwriteArray1, PyReadwriteArray3, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+    Element, PyArrayDescrMethods, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
+    PyReadonlyArray4, PyReadonlyArrayDyn, PyReadwriteArray, PyReadwriteArray1, PyReadwriteArray3, PyReadwriteArrayDyn,
+    PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::mask::plan::{Documents, Entry};
+use crate::mask::plan::{Documents, Entry, Planned};
 use crate::mask::{self, Shape, bits};
-use crate::rng::stream::{Pattern, Site, SiteKey};
+use crate::rng::stream::{Site, SiteKey};
 use crate::simd::{Engine, Float};
 use crate::threads::{Run, default_threads};
 use crate::{Error, Result, apply};
-use errors::raise;
+use errors::{DataError, raise};
 
 /// Threads that `set_threads` asked for; 0 = the default.
 static THREADS: AtomicUsize = AtomicUsize::new(0);
@@ -53,6 +56,28 @@ fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyR
         (Err(Error::Interrupted), Some(raised)) => Err(raised),
         (Err(error), _) => Err(raise(error)),
     }
+}
+
+/// An array's memory in the order of its indices; a `DataError` where it lies in another one.
+fn read<'a, T: Element, D: Dimension>(array: &'a PyReadonlyArray<'_, T, D>) -> PyResult<&'a [T]> {
+    if !array.is_c_contiguous() {
+        return Err(unfit(&format!("strides of {:?} bytes", array.strides())));
+    }
+    array.as_slice().map_err(|_| unfit("misaligned memory"))
+}
+
+/// As [`read`], to write.
+fn write<'a, T: Element, D: Dimension>(array: &'a mut PyReadwriteArray<'_, T, D>) -> PyResult<&'a mut [T]> {
+    if !array.is_c_contiguous() {
+        return Err(unfit(&format!("strides of {:?} bytes", array.strides())));
+    }
+    array.as_slice_mut().map_err(|_| unfit("misaligned memory"))
+}
+
+fn unfit(got: &str) -> PyErr {
+    DataError::new_err(format!(
+        "an array must be aligned and lie in memory row by row (got {got}); pass numpy.ascontiguousarray of it, or a copy"
+    ))
 }
 
 /// An array to write: packed words, or one byte a decision.
@@ -91,14 +116,14 @@ fn element<'py>(
     threshold: u32,
     out: Bound<'py, PyUntypedArray>,
 ) -> PyResult<()> {
-    let shape = Shape { samples: samples.as_slice()?, heads, rows, columns };
+    let shape = Shape { samples: read(&samples)?, heads, rows, columns };
     match Room::of(&out)? {
         Room::Words(mut out) => {
-            let out = out.as_slice_mut()?;
+            let out = write(&mut out)?;
             call(py, |run| mask::element(run, key(site)?, shape, threshold, out))
         }
         Room::Bytes(mut out) => {
-            let out = out.as_slice_mut()?;
+            let out = write(&mut out)?;
             call(py, |run| mask::element_bytes(run, key(site)?, shape, threshold, out))
         }
     }
@@ -116,9 +141,9 @@ fn column<'py>(
     threshold: u32,
     mut out: PyReadwriteArrayDyn<'py, u32>,
 ) -> PyResult<()> {
-    let shape = Shape { samples: samples.as_slice()?, heads, rows: 1, columns };
-    let lengths = lengths.as_ref().map(|lengths| lengths.as_slice()).transpose()?;
-    let out = out.as_slice_mut()?;
+    let shape = Shape { samples: read(&samples)?, heads, rows: 1, columns };
+    let lengths = lengths.as_ref().map(read).transpose()?;
+    let out = write(&mut out)?;
     call(py, |run| mask::column(run, key(site)?, shape, lengths, threshold, out))
 }
 
@@ -134,8 +159,8 @@ fn span<'py>(
     threshold: u32,
     mut out: PyReadwriteArrayDyn<'py, u32>,
 ) -> PyResult<()> {
-    let shape = Shape { samples: samples.as_slice()?, heads, rows: 1, columns };
-    let (lengths, out) = (lengths.as_slice()?, out.as_slice_mut()?);
+    let shape = Shape { samples: read(&samples)?, heads, rows: 1, columns };
+    let (lengths, out) = (read(&lengths)?, write(&mut out)?);
     call(py, |run| mask::span(run, key(site)?, shape, lengths, threshold, out))
 }
 
@@ -146,7 +171,7 @@ fn unpack<'py>(
     columns: usize,
     mut out: PyReadwriteArrayDyn<'py, u8>,
 ) -> PyResult<()> {
-    let (packed, out) = (words.as_slice()?, out.as_slice_mut()?);
+    let (packed, out) = (read(&words)?, write(&mut out)?);
     call(py, |run| bits::unpack(run, packed, columns, out))
 }
 
@@ -167,22 +192,18 @@ fn plan<'py>(
 ) -> PyResult<()> {
     let entry = |numbers: &[u64; 5]| {
         let [layer, site, pattern, heads, threshold] = *numbers;
-        let pattern = if pattern == Pattern::Span as u64 { Pattern::Span } else { Pattern::Column };
         let threshold = u32::try_from(threshold).unwrap_or(u32::MAX);
-        Entry { layer, site, pattern, heads: heads as usize, threshold }
+        Ok(Entry { layer, site, pattern: Planned::of(pattern)?, heads: heads as usize, threshold })
     };
     let given = entries.as_array().ncols();
     if given != 5 {
         return Err(raise(Error::Memory { given, wanted: 5 }));
     }
-    let entries: Vec<Entry> = entries.as_slice()?.as_chunks().0.iter().map(entry).collect();
-    let documents = Documents {
-        samples: samples.as_slice()?,
-        branches: branches.as_slice()?,
-        lengths: lengths.as_slice()?,
-        columns,
-    };
-    let (words, counts) = (words.as_slice_mut()?, counts.as_slice_mut()?);
+    let entries: Result<Vec<Entry>> = read(&entries)?.as_chunks().0.iter().map(entry).collect();
+    let entries = entries.map_err(raise)?;
+    let documents =
+        Documents { samples: read(&samples)?, branches: read(&branches)?, lengths: read(&lengths)?, columns };
+    let (words, counts) = (write(&mut words)?, write(&mut counts)?);
     call(py, |run| mask::plan::plan(run, (seed, step), &entries, documents, words, counts))
 }
 
@@ -218,7 +239,7 @@ fn dropout<'py>(
     hidden: Pair<'py>,
 ) -> PyResult<u64> {
     let key = SiteKey([site_key.0, site_key.1]);
-    let rows = apply::Rows { samples: samples.as_slice()?, positions: positions.as_slice()? };
+    let rows = apply::Rows { samples: read(&samples)?, positions: read(&positions)? };
     fn apply_to<F: Float>(
         py: Python<'_>,
         key: SiteKey,
@@ -232,21 +253,21 @@ fn dropout<'py>(
         Ok(kept)
     }
     match Hidden::of(&hidden)? {
-        Hidden::Single(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
-        Hidden::Brain(x, mut out) => apply_to(py, key, rows, (threshold, scale), x.as_slice()?, out.as_slice_mut()?),
+        Hidden::Single(x, mut out) => apply_to(py, key, rows, (threshold, scale), read(&x)?, write(&mut out)?),
+        Hidden::Brain(x, mut out) => apply_to(py, key, rows, (threshold, scale), read(&x)?, write(&mut out)?),
     }
 }
 
 #[pyfunction]
 fn dropout_rows<'py>(py: Python<'py>, keep: PyReadonlyArray1<'py, u8>, scale: f32, hidden: Pair<'py>) -> PyResult<()> {
-    let keep = keep.as_slice()?;
+    let keep = read(&keep)?;
     match Hidden::of(&hidden)? {
         Hidden::Single(x, mut out) => {
-            let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
+            let (x, out) = (read(&x)?, write(&mut out)?);
             call(py, |run| apply::rows(run, keep, scale, x, out))
         }
         Hidden::Brain(x, mut out) => {
-            let (x, out) = (x.as_slice()?, out.as_slice_mut()?);
+            let (x, out) = (read(&x)?, write(&mut out)?);
             call(py, |run| apply::rows(run, keep, scale, x, out))
         }
     }
@@ -266,7 +287,7 @@ fn keep_rows<'py>(
 ) -> PyResult<()> {
     let [batch, heads, length] = [0, 1, 2].map(|axis| keep.shape()[axis]);
     let layout = apply::Layout { batch, heads, length, features, heads_inside };
-    let kept = apply::Kept { keep: keep.as_slice()?, places: places.as_slice()? };
+    let kept = apply::Kept { keep: read(&keep)?, places: read(&places)? };
     fn work<F: Float + Default>(
         py: Python<'_>,
         layout: apply::Layout,
@@ -280,8 +301,8 @@ fn keep_rows<'py>(
         })
     }
     match Hidden::of(&hidden)? {
-        Hidden::Single(from, mut to) => work(py, layout, kept, back, from.as_slice()?, to.as_slice_mut()?),
-        Hidden::Brain(from, mut to) => work(py, layout, kept, back, from.as_slice()?, to.as_slice_mut()?),
+        Hidden::Single(from, mut to) => work(py, layout, kept, back, read(&from)?, write(&mut to)?),
+        Hidden::Brain(from, mut to) => work(py, layout, kept, back, read(&from)?, write(&mut to)?),
     }
 }
 
@@ -297,7 +318,7 @@ fn seen_keys<'py>(
     if given != 3 {
         return Err(raise(Error::Memory { given, wanted: 3 }));
     }
-    let (allowed, out) = (allowed.as_slice()?, out.as_slice_mut()?.as_chunks_mut().0);
+    let (allowed, out) = (read(&allowed)?, write(&mut out)?.as_chunks_mut().0);
     call(py, |run| apply::seen(run, allowed, keys, out))
 }
 
@@ -318,21 +339,21 @@ fn block_mask<'py>(
 ) -> PyResult<(u64, u64)> {
     let shape = |array: &[usize]| [0, 1, 2, 3].map(|axis| array[axis]);
     let pairs = apply::Pairs {
-        allowed: apply::Bits { shape: shape(allowed.shape()), bits: allowed.as_slice()? },
-        seen: seen.as_slice()?.as_chunks().0,
-        keep: apply::Bits { shape: shape(keep.shape()), bits: keep.as_slice()? },
+        allowed: apply::Bits { shape: shape(allowed.shape()), bits: read(&allowed)? },
+        seen: read(&seen)?.as_chunks().0,
+        keep: apply::Bits { shape: shape(keep.shape()), bits: read(&keep)? },
         own,
     };
     let block = (rows.0..rows.1, columns.0..columns.1);
-    let empty = empty.as_slice_mut()?;
+    let empty = write(&mut empty)?;
     let mut counts = apply::Counts { kept: 0, empty: 0 };
     if out.dtype().itemsize() == 2 {
         let mut out: PyReadwriteArray1<'py, u16> = out.extract()?;
-        let out = out.as_slice_mut()?;
+        let out = write(&mut out)?;
         call(py, |run| apply::block(run, pairs, block, forbidden as u16, out, empty).map(|found| counts = found))?;
     } else {
         let mut out: PyReadwriteArray1<'py, u32> = out.extract()?;
-        let out = out.as_slice_mut()?;
+        let out = write(&mut out)?;
         call(py, |run| apply::block(run, pairs, block, forbidden, out, empty).map(|found| counts = found))?;
     }
     Ok((counts.kept, counts.empty))
@@ -353,6 +374,12 @@ fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     found.set_item("threads", threads())?;
     found.set_item("build", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     Ok(found)
+}
+
+/// This process was just forked.
+#[pyfunction]
+fn forked() {
+    crate::threads::forked();
 }
 
 /// Use so many threads; 0 = the default.
@@ -376,6 +403,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(derive_key, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
+    module.add_function(wrap_pyfunction!(forked, module)?)?;
     batch_order::register(module)?;
     batch_rows::register(module)?;
     module.add("STREAM", crate::STREAM)?;

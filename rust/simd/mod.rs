@@ -1,6 +1,6 @@
 //! The instruction sets: the same loops for AVX-512, AVX2 and portable Rust, chosen at run time.
 //!
-//! Everything that is `unsafe` in this crate for speed's sake stands in this folder. An [`Engine`] can only be made for
+//! Everything that is `unsafe` in this crate stands in this folder. An [`Engine`] can only be made for
 //! an instruction set that the processor has, which is what makes the calls into the `#[target_feature]` code sound.
 
 #[cfg(target_arch = "x86_64")]
@@ -10,6 +10,8 @@ mod avx2;
 #[allow(unsafe_code)]
 mod avx512;
 mod loops;
+#[allow(unsafe_code)]
+mod mode;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod sse2;
@@ -17,6 +19,8 @@ mod sse2;
 use crate::error::{Error, Result};
 use crate::rng::philox::Row;
 use std::sync::OnceLock;
+
+pub(crate) use mode::Mode;
 
 /// A number that dropout can be applied to.
 pub trait Float: Copy + Send + Sync {
@@ -36,19 +40,21 @@ pub enum Store {
     /// Through the cache.
     Cached,
     /// Around it: a cache line that is written whole need not be read first. For results too large to be found there again.
+    /// This crate's own, as [`Store::arrive`] must follow.
+    #[non_exhaustive]
     Around,
 }
 
 impl Store {
     /// The better way for a result of so many bytes: past half of a last-level cache of usual size, around it.
-    pub fn of(bytes: usize) -> Self {
+    pub(crate) fn of(bytes: usize) -> Self {
         if bytes >= 16 << 20 { Store::Around } else { Store::Cached }
     }
 
     /// What went around the cache must have arrived before another thread is told that the work is done: call this at the
     /// end of a piece of work. (Once a row would make every row wait.)
     #[inline]
-    pub fn arrive(self) {
+    pub(crate) fn arrive(self) {
         #[cfg(target_arch = "x86_64")]
         #[allow(unsafe_code)]
         if self == Store::Around {

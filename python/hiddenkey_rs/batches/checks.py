@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 
 
 def check_integer(value: Any, name: str, least: int, most: int, hint: str) -> int:
     """``value`` as a plain integer in least..=most; else a :class:`ConfigError` that names it and ends in ``hint``."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not least <= value <= most:
-        raise ConfigError(f"{name} must be an integer in {least}..={most} (got {value!r}); {hint}")
+        raise ConfigError(f"{name} must be an integer in {least}..={most} (got {shown(value)}); {hint}")
     return int(value)
 
 

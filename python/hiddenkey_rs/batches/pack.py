@@ -76,7 +76,7 @@ def pack(lengths: Any, capacity: int, *, too_long: str = "refuse") -> Packing:
 
     Raises:
         ConfigError: a capacity out of range, an unknown ``too_long``. DataError: lengths that are no integers or
-            negative, a document that is too long, 2**32 or more pieces.
+            negative, a document that is too long, more than 2**28 pieces.
 
     Example:
         >>> packing = pack([3, 9, 1, 7, 0], capacity=10)

@@ -47,6 +47,8 @@ def drop_elements(
         (True, True)
     """
     branches = _check(hidden, keys, samples, positions)
+    if not hidden.numel():
+        return torch.empty_like(hidden, memory_format=torch.contiguous_format), samples.new_zeros(())
     core = _CORE_DTYPES.get(hidden.dtype) if hidden.device.type == "cpu" else None
     if core is None:
         rows = hidden.reshape(-1, hidden.shape[-1]).chunk(branches)
@@ -101,12 +103,14 @@ def drop_rows(hidden: Tensor, keep: Tensor, scale: float) -> Tensor:
         tensor([[1.5000, 1.5000, 1.5000],
                 [0.0000, 0.0000, 0.0000]])
     """
-    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    rows = hidden.shape[:-1].numel()
     if keep.shape != (rows,) or keep.dtype != torch.bool:
         raise ConfigError(
             f"keep must hold one bool a row of hidden states (got {keep.dtype} of shape {tuple(keep.shape)} for "
             f"{rows} rows); flatten batch and length alike"
         )
+    if not hidden.numel():
+        return torch.empty_like(hidden, memory_format=torch.contiguous_format)
     core = _CORE_DTYPES.get(hidden.dtype) if hidden.device.type == "cpu" else None
     if core is None:
         return drop_hidden(hidden, keep.view(*hidden.shape[:-1], 1), scale).contiguous()
@@ -134,7 +138,7 @@ drop_rows.register_autograd(
 
 def _check(hidden: Tensor, keys: Tensor, samples: Tensor, positions: Tensor) -> int:
     """How many branches the rows are split among; a :class:`ConfigError` where shapes disagree."""
-    rows = hidden.numel() // max(hidden.shape[-1], 1)
+    rows = hidden.shape[:-1].numel()
     branches = keys.shape[0] if keys.dim() == 2 and keys.shape[1] == 2 else 0
     if samples.shape != (rows,) or positions.shape != (rows,) or not branches or rows % branches:
         raise ConfigError(
