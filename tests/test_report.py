@@ -19,7 +19,8 @@ from hiddenkey_rs.experiments.evidence.measures import Measure, values
 from hiddenkey_rs.experiments.evidence.paper_tables import methods_of, paper_tables
 from hiddenkey_rs.experiments.evidence.render import markdown
 from hiddenkey_rs.experiments.evidence.runs import cell_commands, costs, curve_points
-from hiddenkey_rs.experiments.evidence.sections import families, outcomes, searched_rates, sections
+from hiddenkey_rs.experiments.evidence.search import searched_rates
+from hiddenkey_rs.experiments.evidence.sections import families, outcomes, sections
 from hiddenkey_rs.experiments.evidence.studies import Study, read_studies
 from hiddenkey_rs.experiments.evidence.tables import coverage, detail, overview
 from hiddenkey_rs.experiments.evidence.writing import write_report
@@ -358,7 +359,7 @@ def test_tables_say_what_the_lines_say(study: Study) -> None:
     mean = f"{100 * np.mean(list(accuracies.values())):.2f}"
     assert f"| none | {mean} ± " in markdown(overview(study))
     row = next(row for row in detail(study, "mrpc-1000", []).rows if row[0] == "none")
-    assert row[:3] == ("none", "lr 0.001", "12")
+    assert row[:3] == ("none", "lr 0.001 (highest)", "12")
     losses = [item.line.history[-1] for item in study.finals("mrpc-1000", "none")]
     assert row[4].startswith(f"{100 * np.mean([e['report']['accuracy'] for e in losses]):.2f} ± ")
     assert row[6].startswith(f"{np.mean([e['report']['loss'] for e in losses]):.3f} ± ")

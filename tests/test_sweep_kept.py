@@ -12,8 +12,10 @@ from hiddenkey_rs.experiments.sweep.reading import load_plan
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.glob("small/*.yaml")) + sorted(FOLDER.glob("full/*.yaml"))
-# Too few seeds for any p below .05: made to be tried out, and decoders that take long to generate.
-SHOW_NOTHING = {"small/quick", "small/generation", "small/llama"}
+# Made to be tried out: too few seeds for any p below .05.
+SHOW_NOTHING = {"small/quick"}
+# Decoders, which take long to generate: of three seeds nothing is tested.
+UNTESTED = {"small/generation", "small/llama"}
 
 
 def name(file: Path) -> str:
@@ -33,8 +35,8 @@ def test_a_kept_plan_is_what_its_head_says(file: Path) -> None:
     if name(file) != "small/quick":
         assert said == [runs(plan)]
     least = plan.least_p()
-    assert least is not None
-    assert (least < 0.05) is (name(file) not in SHOW_NOTHING)
+    assert (least is None) is (name(file) in UNTESTED)
+    assert least is None or (least < 0.05) is (name(file) not in SHOW_NOTHING)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -61,5 +63,5 @@ def test_results_at_hand_are_the_kept_plans() -> None:
         plan = load_plan(folder / "plan.yaml", "data")
         assert plan.digest == digest
         kept = load_plan(FOLDER / "small" / f"{folder.name}.yaml", "data")
-        assert (kept.digest, kept.comparisons) == (digest, plan.comparisons)
+        assert (kept.digest, kept.comparisons, kept.measure) == (digest, plan.comparisons, plan.measure)
         assert kept.protocol.final_seeds == plan.protocol.final_seeds

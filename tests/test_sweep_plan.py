@@ -153,6 +153,9 @@ BAD = [
     ("values: [0.3, 0.4]", "values: [0.3, 4.0]", r"lora_dropout must lie in .*line 13"),
     ("base: {", "name: twice\nbase: {", r"a key stands twice \(got 'name' in .*line 3\)"),
     ("name: p", "name: [", r"the plan is no YAML"),
+    ("  dropped: {", "  drop/ped: {", r"methods has a key 'drop/ped' .*; write keys as words"),
+    ("  dropped: {", "  off: {", r"methods has a key False .*; write keys as words"),
+    ("base: {", "base: {1: 2, ", r"base has a key 1 .*line 3\); write keys"),
 ]
 
 

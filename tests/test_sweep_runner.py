@@ -211,12 +211,12 @@ def resumed(tmp_path: Path, text: str) -> Sweep:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("against: [dropped]", "against: []", r"comparisons stay .*got missing: dropped - none"),
-        ("[none], against", "[none], pairs: [[none, dropped]], against", r"comparisons stay .*got new: none - dropped"),
-        ("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]", r"final_seeds stay .*got new: 7 in .*choose another --out"),
-        ("final_seeds: [5, 6]", "final_seeds: [5]", r"final_seeds stay .*got missing: 6"),
-        ("final_seeds: [5, 6]", "final_seeds: [6, 5]", r"final_seeds stay .*got another order"),
-        ("search_seeds: [0, 1]", "search_seeds: [0, 2]", r"search_seeds stay .*got new: 2 and missing: 1"),
+        ("against: [dropped]", "against: []", r"keeps its comparisons .*got missing: dropped - none"),
+        ("[none], against", "[none], pairs: [[none, dropped]], against", r"keeps its comparisons .*got new: none - dropped"),
+        ("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]", r"keeps its final_seeds .*got new: 7 in .*choose another --out"),
+        ("final_seeds: [5, 6]", "final_seeds: [5]", r"keeps its final_seeds .*got missing: 6"),
+        ("final_seeds: [5, 6]", "final_seeds: [6, 5]", r"keeps its final_seeds .*got another order"),
+        ("search_seeds: [0, 1]", "search_seeds: [0, 2]", r"keeps its search_seeds .*got new: 2 and missing: 1"),
     ],
 )
 def test_the_family_is_fixed_by_the_first_final_run(old: str, new: str, message: str, tmp_path: Path) -> None:
@@ -445,3 +445,44 @@ def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pyt
     finally:
         pool.close()
     assert len(seen) == 2
+
+
+def test_a_process_that_died_idle_is_replaced(tmp_path: Path) -> None:
+    text = PLAN.replace("task: demo", "task: mrpc")
+    (tmp_path / "plan.yaml").write_text(text)
+    trial = load_plan(tmp_path / "plan.yaml", str(tmp_path)).search()[0]
+    pool = workers.Workers(1, 1, "x", "command")
+    try:
+        pool._idle[0].process.kill()
+        pool._idle[0].process.join()
+        pool.submit(trial)
+        ((_, outcome),) = pool.finished(60)
+        assert "MRPC" in str(outcome)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".plan.yaml.123"], [".lock", "plan.digest"]])
+def test_what_a_kill_at_the_start_leaves_is_no_other_plan(left: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text(plan_in(tmp_path).digest if name == "plan.digest" else "")
+    assert sweep_in(tmp_path).run(lambda: FakePool(better_second)) == 0
+
+
+def test_two_sweeps_that_were_made_at_once_run_nothing_twice(tmp_path: Path) -> None:
+    first, second = sweep_in(tmp_path), sweep_in(tmp_path)
+    assert first.run(lambda: FakePool(better_second)) == 0
+    pool = FakePool(better_second)
+    assert second.run(lambda: pool) == 0
+    assert not pool.order
+
+
+def test_a_point_where_curves_cross_runs_once(tmp_path: Path) -> None:
+    curve = "{vary: rank, values: [4, 8], methods: [none], seeds: [0]}"
+    text = PLAN + f"curves:\n  one: {curve}\n  two: {curve.replace('[4, 8]', '[8, 16]')}\n"
+    (tmp_path / "plan.yaml").write_text(text)
+    sweep, pool = Sweep(load_plan(tmp_path / "plan.yaml"), text, tmp_path / "out"), FakePool(better_second)
+    assert sweep.run(lambda: pool) == 0
+    assert len(pool.order) == len(set(pool.order)) == 8 + 4 + 3

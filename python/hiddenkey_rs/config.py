@@ -42,7 +42,9 @@ def check_rate(rate: Any, name: str, closed: bool = False) -> float:
     """``rate`` as a float in [0, 1) (``closed``: [0, 1]), or a :class:`ConfigError`."""
     number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if not number or not (0 <= rate < 1 or (closed and rate == 1)):
-        raise ConfigError(f"{name} must be a number in [0, 1{']' if closed else ')'} (got {shown(rate)}); 0 drops nothing")
+        raise ConfigError(
+            f"{name} must be a number in [0, 1{']' if closed else ')'} (got {shown(rate)}); 0 drops nothing"
+        )
     rate = float(rate)
     if not closed and rate > 0 and math.floor(RATE_LEVELS * rate + 0.5) in (0, RATE_LEVELS):
         raise ConfigError(

@@ -3,7 +3,6 @@
 Every message has the form ``WHAT (got VALUE); HOW TO MEND IT``.
 """
 
-
 from typing import Any
 
 

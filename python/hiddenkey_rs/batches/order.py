@@ -20,7 +20,7 @@ _SLICE = 4096
 
 
 class Order:
-    """A permutation of ``range(size)`` drawn by (seed, epoch): one place costs half a microsecond (a few, below 1025 samples), whatever the size.
+    """A permutation of ``range(size)`` drawn by (seed, epoch): one place costs half a microsecond, and a few below 1025.
 
     A Feistel network of eight rounds on the next power of two, applied again to what falls outside ``range(size)``; up to
     1,024 samples a plain shuffle. The same everywhere, for ever: DESIGN.md defines the stream.

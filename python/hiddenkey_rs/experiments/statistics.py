@@ -25,11 +25,13 @@ _CHUNK = 500
 _MOST_SEEDS = 100_000
 
 
-def sign_flip(differences: ArrayLike, draws: int = 100_000, seed: int = 0) -> float:
+def sign_flip(differences: ArrayLike, draws: int = 100_000, seed: int = 0, rounded: float = 0.0) -> float:
     """Two-sided p of paired differences (n,): the share of sign flips whose mean lies as far from 0 as the observed one.
 
     Exact up to 20 differences (all 2**n flips), else ``draws`` flips, the observed one counted among them. It asks only that
     a difference would be as likely with the other sign if the methods were alike. The smallest p is 2**(1 - n).
+
+    ``rounded``: by how much rounding may have moved each difference. Flips that would tie without it do tie.
 
     Raises:
         DataError: no differences, or some that are no numbers.
@@ -48,8 +50,9 @@ def sign_flip(differences: ArrayLike, draws: int = 100_000, seed: int = 0) -> fl
     else:
         signs = np.random.default_rng(seed).integers(0, 2, (draws, n), dtype=np.int8) * 2 - 1
         sums = np.append(signs @ values, total)
-    # Flips that tie exactly (differences of accuracies do) must not be told apart by rounding.
-    return float(np.mean(np.abs(sums) >= total - 1e-9 * np.abs(values).sum()))
+    # Flips that tie exactly (differences of accuracies do) must not be told apart by rounding, of either sum.
+    slack = max(1e-9 * np.abs(values).sum(), 2 * n * rounded)
+    return float(np.mean(np.abs(sums) >= total - slack))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -193,9 +196,10 @@ def bootstrap(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Resa
     lucky for one method is lucky on all seeds, and to draw rows anew within every seed would count it as often. (seeds,)
     differences, of scores that are no means over examples, are resampled over seeds alone.
 
-    The interval is the resamples' 2.5 and 97.5 % points, widened about the mean by sqrt(n / (n - 1)), n seeds: the plain
-    bootstrap forgets that its centre was estimated. p is twice the smaller share of resamples beyond 0, the observed
-    difference counted among them.
+    The interval is the resamples' 2.5 and 97.5 % points, drawn out or in about the mean. Drawn twice, what belongs to neither
+    seed nor row counts three times, and the centre counts as known; so resamples are scaled to the spread of the mean that the
+    analysis of variance of a crossed design finds, and to Student's t on its degrees of freedom. p is twice the smaller share
+    of resamples beyond 0, the observed difference counted among them.
 
     Example:
         >>> found = bootstrap(np.ones((3, 4)))
@@ -208,11 +212,32 @@ def bootstrap(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Resa
         raise DataError(f"a bootstrap needs finite (seeds, examples) (got shape {table.shape}); leave failed runs out")
     rng = np.random.default_rng(seed)
     means = np.concatenate([_resample(table, min(_CHUNK, draws - done), rng) for done in range(0, draws, _CHUNK)])
-    mean, n = float(table.mean()), len(table)
-    means = mean + (means - mean) * math.sqrt(n / (n - 1)) if n > 1 else means
+    mean = float(table.mean())
+    if len(table) > 1 and (spread := float(means.std())) > 0:
+        error, freedom = _standard_error(table)
+        t = extra("scipy.stats").t.ppf(0.975, freedom) / extra("scipy.stats").norm.ppf(0.975)
+        means = mean + (means - mean) * (t * error / spread)
     low, high = np.quantile(means, [0.025, 0.975])
     beyond = min(np.sum(means <= 0), np.sum(means >= 0))
     return Resampled(mean, float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (draws + 1))))
+
+
+def _standard_error(table: Array) -> tuple[float, float]:
+    """Of the mean of crossed (seeds, examples), both random, never below that of either alone; and its degrees of freedom."""
+    n, m = table.shape
+    by_seed = table.mean(axis=1, keepdims=True)
+    seeds = m * float(by_seed.var(ddof=1))
+    if m == 1:
+        return math.sqrt(seeds / n), n - 1.0
+    by_row = table.mean(axis=0, keepdims=True)
+    rows = n * float(by_row.var(ddof=1))
+    rest = float(((table - by_seed - by_row + table.mean()) ** 2).sum()) / ((n - 1) * (m - 1))
+    both = seeds + rows - rest
+    if both >= max(seeds, rows):
+        # Satterthwaite's degrees of freedom of a sum of mean squares.
+        parts = seeds**2 / (n - 1) + rows**2 / (m - 1) + rest**2 / ((n - 1) * (m - 1))
+        return math.sqrt(both / (n * m)), both**2 / parts if parts else n - 1.0
+    return math.sqrt(max(seeds, rows) / (n * m)), n - 1.0 if seeds >= rows else m - 1.0
 
 
 def _resample(table: Array, draws: int, rng: np.random.Generator) -> Array:

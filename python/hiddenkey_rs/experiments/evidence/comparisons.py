@@ -24,7 +24,10 @@ from .measures import Array, Measure, values
 from .studies import Study
 
 ALPHA = 0.05
+_ROUNDED = 1e-6  # of a difference of two figures, which lines hold to six digits
 BETTER, WORSE, OPEN, UNFINISHED = "better", "worse", "no difference shown", "unfinished"
+DIVERGED = "diverged"
+"""All runs are in, and so many diverged that there is nothing to test."""
 WITHHELD = "withheld: diverged"
 """The side that is ahead diverged on some seeds, so that its lead is that of the seeds it survived."""
 
@@ -37,7 +40,7 @@ class Comparison:
     in which both have it. Until all are settled there is no ``p``: a test that is looked at while runs come in is no test,
     and a run that crashed is tried again. ``diverged``: planned runs of (the method, the baseline) that diverged.
     ``corrected``: Holm's over the family. ``needed``: seeds for power .8 at the effect seen, at alpha .05 and at alpha
-    divided by the family's size. ``detectable``: the true difference that these seeds find with power .8.
+    divided by the family's size. ``detectable``: the true differences that these seeds find with power .8 at either.
     """
 
     task: str
@@ -55,7 +58,7 @@ class Comparison:
     resampled: Resampled | None = None
     with_rows: bool = False
     needed: tuple[int | None, int | None] = (None, None)
-    detectable: float | None = None
+    detectable: tuple[float, float] | None = None
 
     @property
     def gain(self) -> float:
@@ -66,9 +69,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """``better`` or ``worse`` with corrected p < .05, ``no difference shown``, ``unfinished``, or :data:`WITHHELD`."""
+        """``better`` or ``worse`` with corrected p < .05, or one of the words above."""
         if self.p is None:
-            return UNFINISHED
+            return DIVERGED if self.settled == self.planned and any(self.diverged) else UNFINISHED
         if self.corrected is None or self.corrected >= ALPHA:
             return OPEN
         if self.diverged[0 if self.gain > 0 else 1]:
@@ -100,11 +103,11 @@ def compare(study: Study, task: str, method: str, baseline: str, measure: Measur
     return replace(
         found,
         effect=effect_size(differences),
-        p=sign_flip(differences),
+        p=sign_flip(differences, rounded=_ROUNDED),
         resampled=bootstrap(differences if rows is None else rows),
         with_rows=rows is not None,
         needed=(seeds_needed(effect), seeds_needed(effect, alpha=ALPHA / size)),
-        detectable=detectable(differences),
+        detectable=(detectable(differences), detectable(differences, alpha=ALPHA / size)),
     )
 
 
@@ -152,7 +155,7 @@ def _rows(study: Study, comparison: Comparison) -> Array | None:
 def outcome(study: Study, found: list[Comparison]) -> list[str]:
     """What the family says, in sentences that claim no more than its corrected p-values; the first is the outcome.
 
-    ``found``: the family on the tasks' metrics, of :func:`family`.
+    ``found``: the family that the plan is about, of :func:`family`.
     """
     if not found:
         return [f"{study.name}: the plan fixed no family of comparisons, so nothing is tested here."]

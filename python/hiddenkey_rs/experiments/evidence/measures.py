@@ -53,10 +53,10 @@ class Measure:
         return self.gap or self.name in _LOW
 
     def of(self, found: Found) -> float | None:
-        """The run's figure; ``None`` where it has none (the ECE of a regression)."""
+        """The run's figure; ``None`` where it has none (the ECE of a regression) or no number."""
         entry = at(found.line, self.when)
         value = entry["report"].get(self.name)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return None
         if not self.gap:
             return float(value)

@@ -87,7 +87,8 @@ def comparisons(families: Iterable[tuple[Study, str, Sequence[Comparison]]]) -> 
             row["bootstrap_p"] = None if entry.resampled is None else entry.resampled.p
             row["bootstrap_over"] = "seeds and rows" if entry.with_rows else "seeds"
             row |= {"seeds_needed": entry.needed[0], "seeds_needed_family_alpha": entry.needed[1]}
-            yield row | {"detectable": entry.detectable}
+            plain, strict = entry.detectable or (None, None)
+            yield row | {"detectable": plain, "detectable_family_alpha": strict}
 
 
 def early_stopping(studies: Sequence[Study]) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..sweep.plan import CURVE, FINAL, SEARCH, Protocol
@@ -14,8 +14,9 @@ from .paper_tables import paper_tables
 from .pictures import Pictures
 from .render import Picture, Table
 from .runs import cell_commands, costs, curve_table, run_commands
+from .search import search_table, searched_rates, setting_text, unequal_rates
 from .studies import Study
-from .tables import coverage, detail, overview, rows_of, setting_text, tests
+from .tables import coverage, detail, overview, rows_of, tests
 
 _ALL = 100_000
 """Selection rows beyond any task's: what a plan writes for no limit."""
@@ -44,42 +45,40 @@ class Family:
 _READING = (
     "Differences are method − baseline, paired by seed. p: two-sided sign flips over seeds, exact up to 20; Holm over all rows "
     "of a table, rows that lack runs included. The bootstrap draws seeds and reported rows at once (or seeds only, where the "
-    "measure is no mean over rows). Seeds for power .8, and what the pairs at hand detect with it: paired t test at alpha .05, "
-    "before correction."
+    "measure is no mean over rows). Seeds for power .8, and what the pairs at hand detect with it: paired t test at alpha .05; "
+    "in brackets at .05 over the table's rows, as the strictest step of Holm's correction asks."
 )
 _CURVES = (
     "Means and 95 % intervals over the curve's seeds (of fewer than three runs: their range), on the reported rows. Broad and "
     "faint, where the paper has the method and the task: its figure 4, on the axis to the right, whose points are as tall as "
     "ours."
 )
-_SECOND = "Second to the family on the metric, and corrected by itself."
-_KINDS: tuple[tuple[str, str, str, Callable[[Task], Measure | None]], ...] = (
-    (
-        "metric",
-        "The metric, at the chosen epoch",
-        "The family that the plan fixed beforehand.",
-        lambda t: Measure(t.metric),
-    ),
-    (
-        "metric-last",
+_FIRST = "The family that the plan fixed beforehand."
+_SECOND = "Second to the family that the plan fixed beforehand, and corrected by itself."
+_KINDS: Mapping[str, tuple[str, str, Callable[[Task], Measure | None]]] = {
+    "metric": ("The metric, at the chosen epoch", "", lambda task: Measure(task.metric)),
+    "metric-last": (
         "The metric, at the last epoch",
-        f"What training without early stopping would have kept. {_SECOND}",
-        lambda t: Measure(t.metric, "last"),
+        "What training without early stopping would have kept. ",
+        lambda task: Measure(task.metric, "last"),
     ),
-    ("loss-last", "Loss at the last epoch", _SECOND, lambda _: Measure("loss", "last")),
-    ("loss-chosen", "Loss at the chosen epoch", _SECOND, lambda _: Measure("loss")),
-    (
-        "ece",
+    "loss-last": ("Loss at the last epoch", "", lambda _: Measure("loss", "last")),
+    "loss-chosen": ("Loss at the chosen epoch", "", lambda _: Measure("loss")),
+    "ece": (
         "Calibration at the chosen epoch",
-        _SECOND,
+        "",
         lambda task: Measure("ece") if task.kind == "classification" else None,
     ),
-)
+}
 
 
 def families(study: Study) -> list[Family]:
-    """The plan's comparisons on the metric, which is the claim, and on losses and calibration, which explain it."""
-    every = [Family(key, title, caption, family(study, of)) for key, title, caption, of in _KINDS]
+    """The plan's comparisons on the measure that it is about, first, and on metric, losses and calibration, which explain it."""
+    first = {"metric": "metric", "loss": "loss-chosen"}[study.plan.measure]
+    every = []
+    for key in sorted(_KINDS, key=lambda key: key != first):
+        title, caption, of = _KINDS[key]
+        every.append(Family(key, title, caption + (_FIRST if key == first else _SECOND), family(study, of)))
     written = {i.line.dataset for i in study.stage(FINAL) if i.done and "bleu" in at(i.line, "chosen")["report"]}
     bleu = family(study, lambda task: Measure("bleu") if task.name in written else None)
     every.append(Family("bleu", "BLEU of texts generated at the chosen epoch", _SECOND, bleu))
@@ -104,6 +103,7 @@ def sections(study: Study, tested: list[Family], pictures: Pictures | None) -> l
         Section("paper", "Beside the paper", tuple(paper_tables(study))),
         Section("curves", "Curves", (_CURVES, *curves) if curves else ()),
         Section("losses", "Loss by epoch", _losses(study, pictures)),
+        Section("search", "Search", (search_table(study) or (),)),
         Section("costs", "Cost", (costs(study),)),
         Section("run", "What was run", (*_state(study), coverage(study), rows_of(study), *_protocol(study))),
         Section("commands", "Commands", (cell_commands(study), run_commands(study))),
@@ -112,11 +112,12 @@ def sections(study: Study, tested: list[Family], pictures: Pictures | None) -> l
 
 
 def outcomes(study: Study, tested: list[Family]) -> list[str]:
-    """The outcome in sentences: the family's, then the last loss', then what is missing."""
+    """The outcome in sentences: that of the first family, then the last loss', then what is missing."""
     by_key = {entry.key: entry.found for entry in tested}
     said = [
-        *outcome(study, by_key.get("metric", [])),
+        *outcome(study, tested[0].found if tested else []),
         searched_rates(study) if tested else "",
+        unequal_rates(study) if tested else "",
         losses(study, by_key.get("loss-last", [])),
     ]
     missing = [len(study.missing[stage]) for stage in (SEARCH, FINAL, CURVE)]
@@ -124,22 +125,6 @@ def outcomes(study: Study, tested: list[Family]) -> list[str]:
         total = sum(len(study.expected[stage]) for stage in (SEARCH, FINAL, CURVE))
         said.append(f"{study.name} is unfinished: {sum(missing)} of {total} trials are missing, see the table below.")
     return [sentence for sentence in said if sentence]
-
-
-def searched_rates(study: Study) -> str:
-    """That only some methods searched learning rates, which the differences to the others hold as well; empty if all or none."""
-    searched = [
-        method
-        for method, entry in study.plan.methods.items()
-        if len({(setting.get("lr"), setting.get("lr_scale", 1.0)) for setting in entry.settings}) > 1
-    ]
-    if len(searched) in (0, len(study.plan.methods)):
-        return ""
-    names = ", ".join(f"'{method}'" for method in searched)
-    return (
-        f"Only {names} searched {'its learning rate' if len(searched) == 1 else 'their learning rates'}: the other methods ran "
-        "at the plan's, so that a difference between the two says something of learning rates, too."
-    )
 
 
 def _state(study: Study) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..sweep.lines import ResultLine, numbered_lines
-from ..sweep.plan import CURVE, FINAL, SEARCH, Plan, Trial
+from ..sweep.plan import CURVE, FINAL, SEARCH, Plan, Trial, varied_place
 from ..sweep.reading import load_plan
 from ..sweep.runner import PLAN, RESULTS
 from ..sweep.selection import winners
@@ -81,8 +82,8 @@ class Study:
     def along(self, key: str, task: str, method: str, value: Any) -> list[Found]:
         """Runs of one point of a curve, around the reported setting."""
         curve = self.plan.curves[key]
-        place = f"{curve.vary}={value:g}" if isinstance(value, float) else f"{curve.vary}={value}"
-        own = (item for item in self._curves.get((task, method, place), ()) if self._fits(item))
+        place = task, method, varied_place(curve.vary, value)
+        own = (item for item in self._curves.get(place, ()) if self._fits(item))
         return [item for item in own if item.line.seed in curve.seeds]
 
     @cached_property
@@ -104,6 +105,10 @@ class Study:
         varied = method.rate_field if vary == "rate" else vary
         held, wanted = dict(line.setting), dict(method.settings[number])
         return {**held, varied: None} == {**wanted, varied: None}
+
+    def searched(self) -> Iterator[ResultLine]:
+        """Settled lines. A search of which a run crashed is not finished: it is tried again, and the setting may still change."""
+        return (item.line for item in self.found.values() if item.done or item.diverged)
 
     def superseded(self) -> list[Found]:
         """Finals and curves around settings that a later search did not choose; they count nowhere."""
@@ -196,12 +201,16 @@ def _check(item: Found, plan: Plan, folder: Path) -> None:
     metric = plan.task_of(line.task).metric
     for entry in line.history:
         for part in ("train", "select") if line.stage == SEARCH else ("train", "select", "report"):
-            lacking = [name for name in ("loss", metric) if not isinstance(entry.get(part, {}).get(name), (int, float))]
+            lacking = [name for name in ("loss", metric) if not _is_figure(entry.get(part, {}).get(name))]
             if lacking:
                 raise DataError(
                     f"a result lacks a figure (got no {lacking[0]} of {part} rows in epoch {entry.get('epoch')} of "
                     f"{line.id!r}, {item.place}); run the trial again"
                 )
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _study(plan: Plan, parts: Iterable[tuple[str, dict[str, Found]]]) -> Study:
@@ -210,12 +219,7 @@ def _study(plan: Plan, parts: Iterable[tuple[str, dict[str, Found]]]) -> Study:
         folders.append(folder)
         found.update(held)
     study = Study(plan, tuple(folders), found, {}, frozenset())
-    tasks = {key: plan.task_of(key) for key in plan.tasks}
-    wanted = len(next(iter(plan.methods.values())).settings) * len(plan.protocol.search_seeds)
-    searched = {name for _, name in study.expected[SEARCH]}
-    # a search of which a run crashed is not finished: the sweep tries it again, and the setting may still change
-    lines = [item.line for name, item in found.items() if name in searched and (item.done or item.diverged)]
-    chosen = dict(winners(lines, wanted, tasks, plan.protocol.select_by))
+    chosen = dict(winners(plan, study.searched()))
     counts: dict[Cell, Counter[int]] = {}
     for item in study.stage(FINAL):
         cell = item.line.task, item.line.method

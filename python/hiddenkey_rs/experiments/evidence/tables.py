@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import stdev
-from typing import Any
 
 from ..statistics import mean_interval
 from ..sweep.lines import per_example
@@ -13,6 +12,7 @@ from ..sweep.plan import CURVE, FINAL, SEARCH
 from .comparisons import Comparison, paired
 from .measures import Measure, measures, values
 from .render import NONE, Table
+from .search import chosen_text
 from .studies import Found, Study
 
 
@@ -73,18 +73,17 @@ def _mean(measure: Measure, found: Mapping[int, float], planned: int | None = No
 
 def detail(study: Study, task: str, family: list[Comparison]) -> Table:
     """One task: every method's figures, and its difference to every baseline."""
-    kind, metric = study.plan.task_of(task), Measure(study.plan.task_of(task).metric)
+    kind = study.plan.task_of(task)
+    metric = Measure("loss" if study.plan.measure == "loss" else kind.metric)
     shown, baselines = measures(kind), study.plan.baselines
     tested = {(entry.method, entry.baseline): entry for entry in family if entry.task == task}
     rows = []
     for method in study.plan.methods:
         runs = study.finals(task, method)
-        number = study.settings.get((task, method))
-        setting = NONE if number is None else setting_text(study.plan.methods[method].settings[number])
         cells = [_mean(measure, values(measure, runs)) for measure in shown]
         for baseline in baselines:
             cells.append(_against(study, task, method, baseline, metric, tested.get((method, baseline))))
-        rows.append((method, setting, str(sum(item.done for item in runs)), *cells))
+        rows.append((method, chosen_text(study, task, method), str(sum(item.done for item in runs)), *cells))
     columns = ["method", "setting chosen", "seeds", *(measure.title for measure in shown)]
     columns += [f"difference to {baseline}" for baseline in baselines]
     caption = (
@@ -132,8 +131,8 @@ def tests(study: Study, key: str, title: str, caption: str, family: list[Compari
                 p_text(entry.corrected),
                 sized,
                 resampled,
-                seeds_text(entry),
-                measure.write(entry.detectable),
+                seeds_text(entry, corrected=True),
+                _detectable(entry),
             )
         )
     columns = (
@@ -155,16 +154,6 @@ def rows_of(study: Study) -> Table:
         rows.append((key, task.name, *cells, task.metric, "low" if task.lower_is_better else "high"))
     columns = ("task", "data set", "rows fitted on", "rows reported", "metric", "good is")
     return Table("rows", "Tasks", "", columns, tuple(rows))
-
-
-def setting_text(setting: Mapping[str, Any]) -> str:
-    """A setting in words: ``rate 0.1``."""
-    return (
-        ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in setting.items()
-        )
-        or "the only one"
-    )
 
 
 def spread_text(measure: Measure, found: Mapping[int, float]) -> str:
@@ -191,11 +180,19 @@ def pairs_text(entry: Comparison) -> str:
     return str(entry.planned) if len(entry.seeds) == entry.planned else f"{len(entry.seeds)} of {entry.planned}"
 
 
-def seeds_text(entry: Comparison) -> str:
-    """Seeds for power .8 at the difference seen."""
+def seeds_text(entry: Comparison, corrected: bool = False) -> str:
+    """Seeds for power .8 at the difference seen; with ``corrected``, in brackets those at the family's alpha."""
     if entry.p is None:
         return NONE
-    return "∞" if entry.needed[0] is None else str(entry.needed[0])
+    plain, strict = ("∞" if needed is None else str(needed) for needed in entry.needed)
+    return f"{plain} ({strict})" if corrected else plain
+
+
+def _detectable(entry: Comparison) -> str:
+    if entry.detectable is None:
+        return NONE
+    plain, strict = (entry.measure.write(value) for value in entry.detectable)
+    return f"{plain} ({strict})"
 
 
 def _interval(middle: float, low: float, high: float) -> str:

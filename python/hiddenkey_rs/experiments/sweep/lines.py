@@ -69,7 +69,9 @@ class ResultLine:
 def pack_examples(correct: NDArray[np.bool_] | None, loss: NDArray[np.floating[Any]]) -> dict[str, str | None]:
     """Outcomes of N rows for a line: correctness as hexadecimal bits, losses as base64 of float16."""
     bits = None if correct is None else np.packbits(correct).tobytes().hex()
-    return {"correct": bits, "loss": base64.b64encode(np.asarray(loss, dtype="<f2").tobytes()).decode()}
+    most = float(np.finfo(np.float16).max)  # past it float16 is infinite, and a report could not be made any more
+    halves = np.clip(loss, -most, most).astype("<f2")
+    return {"correct": bits, "loss": base64.b64encode(halves.tobytes()).decode()}
 
 
 def per_example(line: ResultLine, when: str) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64]]:
@@ -131,7 +133,7 @@ def numbered_lines(path: str | Path) -> dict[int, ResultLine]:
             line = _line(json.loads(row))
         except json.JSONDecodeError:
             # Torn by a kill: the start of a line, with nothing behind it or the line of a later trial.
-            if number == len(rows) or (row.startswith('{"id":') and not row.endswith("}")):
+            if number == len(rows) or row[:6] == '{"id":'[: len(row)]:
                 print(f"{file}: line {number} is torn; its trial will run again", file=sys.stderr)
                 continue
             raise DataError(f"a result is no JSON (got {str(file)!r}, line {number}); remove the line") from None

@@ -23,6 +23,7 @@ The file (YAML)::
       baselines: [none]                                         # each of these with each of
       against: [hiddenkey]
       pairs: [[hiddenkey, hiddenkey-minus]]                     # and these, each with its own baseline
+      measure: metric                                           # at the chosen epoch; or: loss
     curves:
       ranks: {vary: rank, values: [4, 16, 64], methods: [none, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1, 2]}
 """  # noqa: D214, D405, D411
@@ -66,13 +67,14 @@ class Controls:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run of a plan. ``id`` names it: task/method/setting/seed/stage."""
+    """One training run of a plan. ``id`` names it: task/method/setting/seed/stage. ``number``: of the method's setting."""
 
     id: str
     stage: str
     task: str
     method: str
     setting: Mapping[str, Any]
+    number: int
     seed: int
     train_size: int | None
     config: RunConfig
@@ -117,6 +119,8 @@ class Plan:
     baselines: tuple[str, ...]
     comparisons: tuple[tuple[str, str], ...]
     """(method, its baseline) of every test, on every task."""
+    measure: str
+    """What the family is tested on: ``metric`` (the task's own) or ``loss``, at the chosen epoch."""
     curves: Mapping[str, Curve]
     data: str | None
     digest: str
@@ -184,7 +188,7 @@ class Plan:
         if varied is not None:
             name = entry.rate_field if varied[0] == "rate" else varied[0]
             setting[name] = varied[1]
-            place = f"{varied[0]}={varied[1]:g}" if isinstance(varied[1], float) else f"{varied[0]}={varied[1]}"
+            place = varied_place(*varied)
         merged = {**self.base, **self.tasks[task], **entry.common, **setting}
         train_size = merged.pop("train_size", None)
         scale = merged.pop("lr_scale", 1.0)
@@ -194,4 +198,9 @@ class Plan:
         if scale != 1.0:
             config = replace(config, lr=config.lr * scale)
         name = f"{task}/{method}/{place}/{seed}/{stage}"
-        return Trial(name, stage, task, method, setting, seed, train_size, config, controls, self.protocol)
+        return Trial(name, stage, task, method, setting, number, seed, train_size, config, controls, self.protocol)
+
+
+def varied_place(vary: str, value: Any) -> str:
+    """The setting's part of the id of a curve's trial."""
+    return f"{vary}={value:g}" if isinstance(value, float) else f"{vary}={value}"

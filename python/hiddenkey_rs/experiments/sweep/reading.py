@@ -59,10 +59,13 @@ class _Reader:
         methods = {key: self._method(("methods", key), protocol) for key in self._mapping(("methods",))}
         self._equal_budgets(methods)
         baselines, comparisons = self._comparisons(methods)
+        measure = self._measure()
         curves = {key: self._curve(("curves", key), methods, tasks) for key in self._mapping(("curves",))}
         digest = _digest(values)
         base = dict(values.get("base") or {})
-        plan = Plan(str(name), protocol, base, tasks, methods, baselines, comparisons, curves, self.data, digest)
+        plan = Plan(
+            str(name), protocol, base, tasks, methods, baselines, comparisons, measure, curves, self.data, digest
+        )
         self._build_all(plan)
         return plan
 
@@ -79,6 +82,11 @@ class _Reader:
         if not isinstance(value, Mapping):
             raise self.source.error(place, f"{_spell(place)} is no mapping", "write KEY: VALUE pairs")
         for key in value:
+            if not isinstance(key, str) or "/" in key or not key.strip():
+                what = f"{_spell(place)} has a key {key!r}"
+                raise self.source.error(
+                    place, what, "write keys as words without /, in quotes where YAML reads them otherwise"
+                )
             if allowed is not None and key not in allowed:
                 raise self._unknown((*place, key), allowed)
         return value
@@ -187,7 +195,7 @@ class _Reader:
 
     def _comparisons(self, methods: Mapping[str, Method]) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
         """The baselines, and (method, baseline) of every comparison."""
-        given = self._mapping(("comparisons",), ("baselines", "against", "pairs"))
+        given = self._mapping(("comparisons",), ("baselines", "against", "pairs", "measure"))
         sides = {name: self._keys(("comparisons", name), methods) for name in ("baselines", "against") if name in given}
         baselines = sides.get("baselines", ())
         found = [(method, base) for method in sides.get("against", ()) for base in baselines if method != base]
@@ -199,6 +207,13 @@ class _Reader:
             method, base = self._keys(place, methods)
             found.append((method, base))
         return baselines, tuple(dict.fromkeys(found))
+
+    def _measure(self) -> str:
+        measure = self._mapping(("comparisons",)).get("measure", "metric")
+        if measure not in ("metric", "loss"):
+            what = f"unknown measure {measure!r}"
+            raise self.source.error(("comparisons", "measure"), what, "use metric (the task's own) or loss")
+        return str(measure)
 
     def _keys(self, place: Place, known: Mapping[str, Any]) -> tuple[str, ...]:
         value = self._at(place)

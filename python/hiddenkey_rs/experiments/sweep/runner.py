@@ -52,13 +52,11 @@ class Sweep:
 
     def __init__(self, plan: Plan, text: str, out: str | Path, retries: int = 1) -> None:
         self.plan, self.text, self.out, self.retries = plan, text, Path(out), retries
-        self._check()
-        lines = read_lines(self.out / RESULTS) if (self.out / RESULTS).is_file() else []
-        self.lines: dict[str, ResultLine] = {line.id: line for line in lines}
-        self._check_fixed()
+        self.lines: dict[str, ResultLine] = {}
+        self._known: list[Trial] | None = None
+        self._open()
         self.tries: Counter[str] = Counter()
         self.started: set[str] = set()
-        self._known: list[Trial] | None = None
 
     def run(self, pool: Callable[[], Pool], only: str | None = None, slice_seconds: float | None = None) -> int:
         """Run what is missing; returns how many trials are still without a line that says ``done``.
@@ -68,8 +66,9 @@ class Sweep:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with _locked(self.out):
-            write_text(self.out / PLAN, self.text)
+            self._open()  # once more: another sweep may have been here since
             write_text(self.out / DIGEST, self.plan.digest + "\n")
+            write_text(self.out / PLAN, self.text)
             started, display = time.monotonic(), Display(len(self.trials()))
             workers = pool()
             try:
@@ -92,16 +91,13 @@ class Sweep:
         """All trials that are known so far: finals and curves join when their settings have been chosen."""
         if self._known is None:
             chosen = self.winners()
-            self._known = [*self.plan.search(), *self.plan.final(chosen), *self.plan.along_curves(chosen)]
+            found = (*self.plan.search(), *self.plan.final(chosen), *self.plan.along_curves(chosen))
+            self._known = list({trial.id: trial for trial in found}.values())  # curves may cross
         return self._known
 
     def winners(self) -> Mapping[tuple[str, str], int]:
         """The chosen settings of every (task, method) whose search is finished."""
-        tasks = {key: self.plan.task_of(key) for key in self.plan.tasks}
-        settings = len(next(iter(self.plan.methods.values())).settings)
-        wanted = settings * len(self.plan.protocol.search_seeds)
-        lines = [line for line in self.lines.values() if self.settled(line.id)]
-        return winners(lines, wanted, tasks, self.plan.protocol.select_by)
+        return winners(self.plan, (line for line in self.lines.values() if self.settled(line.id)))
 
     def waiting(self, only: str | None = None) -> list[Trial]:
         """Trials to start, most urgent first."""
@@ -136,6 +132,13 @@ class Sweep:
         self.lines[trial.id], self._known = line, None
         display.finished(line)
 
+    def _open(self) -> None:
+        """Read what lies in the folder, or refuse it."""
+        self._check()
+        lines = read_lines(self.out / RESULTS) if (self.out / RESULTS).is_file() else []
+        self.lines, self._known = {line.id: line for line in lines}, None
+        self._check_fixed()
+
     def _check(self) -> None:
         if self.out.is_file():
             raise StateError(f"the output folder is a file (got {str(self.out)!r}); choose another --out")
@@ -147,7 +150,8 @@ class Sweep:
                     f"the folder holds the results of another plan (got {str(self.out)!r} of plan {found}, this one is "
                     f"{self.plan.digest}); choose another --out, or give the plan that lies in it ({PLAN})"
                 )
-        elif self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(not file.name.startswith(".") for file in self.out.iterdir()):
+            # Hidden files are a lock, and what a kill left of a file that was being written.
             raise StateError(f"the folder holds other files (got {str(self.out)!r}); choose another --out")
 
     def _check_fixed(self) -> None:
@@ -161,13 +165,14 @@ class Sweep:
         before = load_plan(file, self.plan.data)
         fixed: tuple[tuple[str, tuple[Any, ...], tuple[Any, ...]], ...] = (
             ("comparisons", _family(before), _family(self.plan)),
+            ("measure", (before.measure,), (self.plan.measure,)),
             ("search_seeds", before.protocol.search_seeds, self.plan.protocol.search_seeds),
             ("final_seeds", before.protocol.final_seeds, self.plan.protocol.final_seeds),
         )
         for name, had, has in fixed:
             if had != has:
                 raise StateError(
-                    f"the folder has final runs, after which a plan's {name} stay as they were (got {_changes(had, has)} "
+                    f"the folder has final runs, after which a plan keeps its {name} (got {_changes(had, has)} "
                     f"in {str(self.out)!r}); give the plan that lies in it ({PLAN}), or choose another --out"
                 )
 

@@ -12,7 +12,7 @@ from ...errors import DataError
 from ..data import Row, Splits, subset, subset_order
 from ..tasks import Task
 from .lines import ResultLine
-from .plan import SEARCH, Protocol, Winners
+from .plan import Plan, Protocol, Winners
 
 _HALF, _REPORT, _SOURCES = 2, 3, 4
 """What a permutation is for: part of its seed, in which a subset's is 1."""
@@ -89,23 +89,32 @@ def chosen_epoch(history: Sequence[Mapping[str, Any]], task: Task, by: str) -> i
     return max(range(len(selected)), key=lambda n: (score(selected[n], task, by), -selected[n]["loss"], -n))
 
 
-def winners(lines: Iterable[ResultLine], wanted: int, tasks: Mapping[str, Task], by: str) -> Winners:
-    """The setting with the best mean selection score of every (task, method) whose search is finished.
+def search_scores(plan: Plan, lines: Iterable[ResultLine]) -> dict[tuple[str, str], dict[int, float]]:
+    """(task, method) -> mean selection score of every setting, best first, where the search is finished.
 
-    ``wanted``: settings x search seeds. A setting of which a run failed cannot win, unless all failed.
+    ``lines``: all that are settled. Those of search seeds that the plan no longer has count for nothing. A setting of which a
+    run failed has minus infinity.
     """
-    cells: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    counts: dict[tuple[str, str], int] = defaultdict(int)
-    for line in lines:
-        if line.stage != SEARCH:
+    settled = {line.id: line for line in lines}
+    scores: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    open_cells = set()
+    for trial in plan.search():
+        line = settled.get(trial.id)
+        if line is None:
+            open_cells.add((trial.task, trial.method))
             continue
-        number = int(line.id.split("/")[2])
-        counts[line.task, line.method] += 1
-        failed = line.status != "done"
-        value = float("-inf") if failed else score(line.history[line.chosen]["select"], tasks[line.task], by)
-        cells[line.task, line.method][number].append(value)
-    return {
-        cell: max(settings, key=lambda number: (float(np.mean(settings[number])), -number))
-        for cell, settings in cells.items()
-        if counts[cell] == wanted
+        done = line.status == "done"
+        task, by = plan.task_of(trial.task), plan.protocol.select_by
+        value = score(line.history[line.chosen]["select"], task, by) if done else float("-inf")
+        scores[trial.task, trial.method][trial.number].append(value)
+    means = {
+        cell: {number: float(np.mean(values)) for number, values in settings.items()}
+        for cell, settings in scores.items()
+        if cell not in open_cells
     }
+    return {cell: dict(sorted(found.items(), key=lambda item: (-item[1], item[0]))) for cell, found in means.items()}
+
+
+def winners(plan: Plan, lines: Iterable[ResultLine]) -> Winners:
+    """The setting with the best mean selection score of every (task, method) whose search is finished."""
+    return {cell: next(iter(found)) for cell, found in search_scores(plan, lines).items()}

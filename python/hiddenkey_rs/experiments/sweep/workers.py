@@ -51,7 +51,12 @@ class Workers:
     def submit(self, trial: Trial) -> None:
         """Hand a trial to an idle process."""
         worker = self._idle.pop()
-        worker.connection.send(trial)
+        try:
+            worker.connection.send(trial)
+        except OSError:  # it died while it waited
+            worker.process.join()
+            worker = self._new()
+            worker.connection.send(trial)
         self._busy[worker.connection] = (worker, trial, time.monotonic())
 
     def finished(self, timeout: float) -> Iterator[tuple[Trial, Outcome]]:
