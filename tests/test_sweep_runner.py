@@ -212,8 +212,16 @@ def resumed(tmp_path: Path, text: str) -> Sweep:
     ("old", "new", "message"),
     [
         ("against: [dropped]", "against: []", r"keeps its comparisons .*got missing: dropped - none"),
-        ("[none], against", "[none], pairs: [[none, dropped]], against", r"keeps its comparisons .*got new: none - dropped"),
-        ("final_seeds: [5, 6]", "final_seeds: [5, 6, 7]", r"keeps its final_seeds .*got new: 7 in .*choose another --out"),
+        (
+            "[none], against",
+            "[none], pairs: [[none, dropped]], against",
+            r"keeps its comparisons .*got new: none - dropped",
+        ),
+        (
+            "final_seeds: [5, 6]",
+            "final_seeds: [5, 6, 7]",
+            r"keeps its final_seeds .*got new: 7 in .*choose another --out",
+        ),
         ("final_seeds: [5, 6]", "final_seeds: [5]", r"keeps its final_seeds .*got missing: 6"),
         ("final_seeds: [5, 6]", "final_seeds: [6, 5]", r"keeps its final_seeds .*got another order"),
         ("search_seeds: [0, 1]", "search_seeds: [0, 2]", r"keeps its search_seeds .*got new: 2 and missing: 1"),

@@ -83,7 +83,7 @@ print(triton_hidden.obstacle(x))
     assert done.stdout.splitlines() == ["Triton is not installed"] * 2
 
 
-# Built for a Hopper GPU without having one: what the interpreter lets pass, the compiler may not.
+# Built for GPUs without having one: what the interpreter lets pass, the compiler may not.
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -93,19 +93,20 @@ from hiddenkey_rs.ops import triton_hidden_kernel, triton_launch
 
 POINTERS = {"log_kept": "fp32", "log_allowed": "fp32", "deltas": "fp32", "lost_rows": "i8", "flags": "u8", "lists": "i32"}
 POINTERS |= dict.fromkeys(("counts", "documents", "keys", "samples", "positions"), "i64")
+LIMIT = {90: 227 << 10, 89: 99 << 10}
 STATES = ("query", "key", "value", "out", "grad_out", "grad_query", "grad_key", "grad_value", "hidden", "residual")
 
-def build(kernel, constants, options, flags="u8"):
+def build(kernel, constants, options, flags="u8", states="bf16", arch=90):
     POINTERS["flags"] = flags
     types, hints = {}, {}
     for place, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else "fp32" if name in ("scale", "scaling") else "i32"
-        kind = "*bf16" if name in STATES else "*" + POINTERS[name] if name in POINTERS else kind
+        kind = "*" + states if name in STATES else "*" + POINTERS[name] if name in POINTERS else kind
         types[name] = kind
         if kind[0] == "*" or name.endswith(("_row", "_head", "_token")):
             hints[place,] = [["tt.divisibility", 16]]
-    built = compile(ASTSource(kernel, types, constants, hints), target=GPUTarget("cuda", 90, 32), options=options)
-    assert built.metadata.shared <= 227 << 10, built.metadata.shared
+    built = compile(ASTSource(kernel, types, constants, hints), target=GPUTarget("cuda", arch, 32), options=options)
+    assert built.metadata.shared <= LIMIT[arch], (kernel, constants, built.metadata.shared)
     return built
 
 kernels = {
@@ -115,16 +116,22 @@ kernels = {
 }
 cases = [("forward", 128, False), ("forward", 64, True), ("query", 64, True), ("key", 64, True)]
 cases = [(*case, 1) for case in cases] + [("forward", 64, False, 3), ("query", 128, False, 3), ("key", 64, False, 3)]
-for name, head, dropattention, pattern in cases:
+cases = [(*case, torch.bfloat16, 90) for case in cases]
+cases += [(name, 256, False, 2, torch.bfloat16, 90) for name in kernels]
+cases += [(name, 128, False, 1, torch.bfloat16, 89) for name in kernels]
+cases += [("key", 128, False, 2, torch.float32, 90), ("key", 64, False, 2, torch.float32, 89)]
+for name, head, dropattention, pattern, dtype, arch in cases:
     kernel = kernels[name]
-    rows, columns, warps, stages = triton_launch.tiles(name, head, torch.bfloat16)
+    rows, columns, warps, stages = triton_launch.tiles(name, head, dtype, LIMIT[arch])
     constants = {"HEAD": head, "HEAD_V": head, "BLOCK_D": head, "BLOCK_V": head, "ROWS": rows, "COLUMNS": columns}
     constants |= {"PATTERN": pattern, "DROPATTENTION": dropattention, "CAUSAL": True, "WINDOW": dropattention, "OWN": True}
-    constants |= {"PRECISION": "tf32"} | ({"COUNT": dropattention} if name == "forward" else {})
+    constants |= {"PRECISION": "tf32x3"} | ({"COUNT": True} if name == "forward" else {})
     stages += pattern == 3 and name != "key"
-    build(kernel, constants, {"num_warps": warps, "num_stages": stages}, "i32" if pattern == 3 else "u8")
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    states = "fp32" if dtype == torch.float32 else "bf16"
+    build(kernel, constants, options, "i32" if pattern == 3 else "u8", states, arch)
 build(triton_gather_kernel.list_kernel, {"OWN": False, "BLOCK": 1024}, {"num_warps": 4})
-element = {"FEATURES": 4096, "ROWS": 16, "COLUMNS": 128, "ELEMENT": True, "RESIDUAL": True, "COUNT": True}
+element = {"FEATURES": 4096, "ROWS": 32, "COLUMNS": 128, "ELEMENT": True, "RESIDUAL": True, "COUNT": True}
 build(triton_hidden_kernel.drop_kernel, element, {"num_warps": 4, "enable_fp_fusion": False})
 print("built")
 """
@@ -148,6 +155,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
 def test_a_gpu_equals_the_reference(position: str, size: int, dtype: torch.dtype) -> None:
     import triton_attention_cases as cases
 
+    if dtype == torch.float32 and size > 64:
+        from hiddenkey_rs.ops.triton_launch import widest_head
+
+        if size > widest_head(torch.empty(0, device="cuda")):
+            pytest.skip("float32 heads so wide do not fit into shared memory")
     # 3xTF32 keeps 21 bits; halves round weights, logit gradients and results once each.
     step = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     close = {"rtol": 4 * step, "atol": 8 * step}

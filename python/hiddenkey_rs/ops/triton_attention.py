@@ -20,9 +20,8 @@ from ..serialise import choice
 from . import triton_gather
 from .documents import Documents
 from .reference import POSITIONS
-from .triton_launch import Launch, kernels, strides, unable
+from .triton_launch import Launch, kernels, strides, unable, widest_head
 
-LARGEST_HEAD = 256
 HEADS = ("group", "query")
 _LOG2E = 1.4426950408889634
 
@@ -41,8 +40,9 @@ def obstacle(
     missing = unable(query)
     if missing is not None:
         return missing
-    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD:
-        return f"its heads are at most {LARGEST_HEAD} wide, not {max(query.shape[-1], value.shape[-1])}"
+    head, widest = max(query.shape[-1], value.shape[-1]), widest_head(query)
+    if head > widest:
+        return f"its heads of {query.dtype} are at most {widest} wide here, not {head}"
     if softcap is not None:
         return f"it has no soft-capping (softcap={softcap})"
     if sinks is not None:
@@ -97,7 +97,8 @@ def attention(
         (out, kept): like ``query`` with Dv; int64 (), the kept pairs of all heads, 0 unless counted.
 
     Precision: sums in float32. Products of float32 are made of three TF32 products each, which keeps about 21 bits, or of
-    one where torch.backends.cuda.matmul allows TF32; with heads wider than 128 they are exact, and slow.
+    one where torch.backends.cuda.matmul allows TF32. Heads are at most 256 wide, of float32 128 (64 below 227 KiB of shared
+    memory a block).
 
     Raises:
         ConfigError: what Triton cannot compute, or shapes, dtypes, devices and settings that disagree.
@@ -163,7 +164,7 @@ def _check(
     if not key.shape[1] or query.shape[1] % key.shape[1]:
         raise ConfigError(f"query heads must be a multiple of key/value heads (got {shapes}); repeat or regroup them")
     if not query.shape[3] or not value.shape[3]:
-        raise ConfigError(f"heads have no features (got {shapes}); give a head size of 1 to {LARGEST_HEAD}")
+        raise ConfigError(f"heads have no features (got {shapes}); give a head size of 1 or more")
     table = documents.table
     beside = {"key": key, "value": value, "documents": table, "keys": keys, "keep": keep}
     for name, tensor in beside.items():

@@ -112,12 +112,13 @@ def query_gradient_kernel(
     index = block * ROWS + tl.arange(0, ROWS)
     rows = query_first + index
     real = index < query_count
-    query += row * query_row + head * query_head + query_start * query_token
-    key += row * key_row + (head // group) * key_head + key_start * key_token
-    value += row * value_row + (head // group) * value_head + key_start * value_token
-    out += row * out_row + head * out_head + query_start * out_token
-    grad_out += row * grad_out_row + head * grad_out_head + query_start * grad_out_token
-    grad_query += row * grad_row + head * grad_head + query_start * grad_token
+    far, near = head.to(tl.int64), (head // group).to(tl.int64)
+    query += row * query_row + far * query_head + query_start * query_token
+    key += row * key_row + near * key_head + key_start * key_token
+    value += row * value_row + near * value_head + key_start * value_token
+    out += row * out_row + far * out_head + query_start * out_token
+    grad_out += row * grad_out_row + far * grad_out_head + query_start * grad_out_token
+    grad_query += row * grad_row + far * grad_head + query_start * grad_token
     q = load_rows(query, query_token, index, query_count, HEAD, BLOCK_D)
     do = load_rows(grad_out, grad_out_token, index, query_count, HEAD_V, BLOCK_V)
     o = load_rows(out, out_token, index, query_count, HEAD_V, BLOCK_V)
@@ -159,12 +160,12 @@ def query_gradient_kernel(
         mine = lost & (head % mask_group == 0)
         turns = tl.where(tl.max(mine.to(tl.int32), 0) > 0, mask_group, 0)
         handed = tl.zeros((ROWS, BLOCK_V), tl.float32)
-        for turn in range(turns):
-            rescued = load_rows(
-                grad_out + turn * grad_out_head, grad_out_token, tl.where(mine, index, -1), query_count, HEAD_V, BLOCK_V
-            )
+        asked = grad_out
+        for _ in range(turns):
+            rescued = load_rows(asked, grad_out_token, tl.where(mine, index, -1), query_count, HEAD_V, BLOCK_V)
             handed += rescued.to(tl.float32)
-        grad_value += row * grad_value_row + mask_head * grad_value_head + key_start * grad_value_token
+            asked += grad_out_head
+        grad_value += row * grad_value_row + mask_head.to(tl.int64) * grad_value_head + key_start * grad_value_token
         store_rows(
             grad_value, grad_value_token, tl.where(mine, rows - key_first, -1), key_count, handed, HEAD_V, BLOCK_V
         )
@@ -208,8 +209,9 @@ def key_gradient_kernel(
     columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
     query += row * query_row + query_start * query_token
     grad_out += row * grad_out_row + query_start * grad_out_token
-    key += row * key_row + grouped * key_head + key_start * key_token
-    value += row * value_row + grouped * value_head + key_start * value_token
+    near = grouped.to(tl.int64)
+    key += row * key_row + near * key_head + key_start * key_token
+    value += row * value_row + near * value_head + key_start * value_token
     k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D)
     v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V)
 
@@ -236,8 +238,9 @@ def key_gradient_kernel(
         index = (from_block + turn % many) * ROWS + tl.arange(0, ROWS)
         rows = query_first + index
         real = index < query_count
-        q = load_rows(query + head * query_head, query_token, index, query_count, HEAD, BLOCK_D)
-        do = load_rows(grad_out + head * grad_out_head, grad_out_token, index, query_count, HEAD_V, BLOCK_V)
+        far = head.to(tl.int64)
+        q = load_rows(query + far * query_head, query_token, index, query_count, HEAD, BLOCK_D)
+        do = load_rows(grad_out + far * grad_out_head, grad_out_token, index, query_count, HEAD_V, BLOCK_V)
         place = (row * heads + head) * queries + query_start + index
         delta = tl.load(deltas + place, mask=real, other=0.0)
         kept_log, allowed_log, share, lost = load_sums(
@@ -273,7 +276,8 @@ def key_gradient_kernel(
         products = scores_of(do, v, ROWS, COLUMNS, PRECISION)
         inner = logit_gradient(weights, products, delta, share, DROPATTENTION)
         key_sum = dot(tl.trans(inner.to(q.dtype)), q, key_sum, PRECISION)
-    grad_key += row * grad_key_row + owner * grad_key_head + key_start * grad_key_token
-    grad_value += row * grad_value_row + owner * grad_value_head + key_start * grad_value_token
+    far = owner.to(tl.int64)
+    grad_key += row * grad_key_row + far * grad_key_head + key_start * grad_key_token
+    grad_value += row * grad_value_row + far * grad_value_head + key_start * grad_value_token
     store_rows(grad_key, grad_key_token, columns - key_first, key_count, key_sum * scaling, HEAD, BLOCK_D)
     store_rows(grad_value, grad_value_token, columns - key_first, key_count, value_sum, HEAD_V, BLOCK_V)

@@ -181,9 +181,10 @@ def forward_kernel(
     index = block * ROWS + tl.arange(0, ROWS)
     rows = query_first + index
     real = index < query_count
-    query += row * query_row + head * query_head + query_start * query_token
-    key += row * key_row + (head // group) * key_head + key_start * key_token
-    value += row * value_row + (head // group) * value_head + key_start * value_token
+    far, near = head.to(tl.int64), (head // group).to(tl.int64)  # a head may begin beyond 2^31 numbers
+    query += row * query_row + far * query_head + query_start * query_token
+    key += row * key_row + near * key_head + key_start * key_token
+    value += row * value_row + near * value_head + key_start * value_token
     q = load_rows(query, query_token, index, query_count, HEAD, BLOCK_D)
 
     low, high = key_first, key_first + key_count
@@ -231,7 +232,10 @@ def forward_kernel(
         else:
             maximum, total, output = add_kept(scores, v, kept, maximum, total, output, PRECISION)
         if COUNT:
-            kept_pairs += tl.sum(tl.broadcast_to(kept, (ROWS, COLUMNS)).to(tl.int32), 1)
+            # Counted through the scores, whose layout in registers ties the sum to the mask that is at hand: by itself the
+            # compiler draws the whole mask once more, in the layout of the sum. (A score that is NaN counts, too.)
+            seen = tl.broadcast_to(kept, (ROWS, COLUMNS))
+            kept_pairs += tl.sum(tl.where(seen & (scores == scores), 1, 0) | tl.where(seen, 1, 0), 1)
 
     if DROPATTENTION:
         # log2 of the sum over the allowed keys = kept and dropped together, before any rescue.
@@ -272,11 +276,11 @@ def forward_kernel(
         tl.store(lost_rows + place, lost.to(tl.int8), mask=real)
         if COUNT:
             kept_pairs += lost.to(tl.int32)
-    out += row * out_row + head * out_head + query_start * out_token
+    out += row * out_row + far * out_head + query_start * out_token
     store_rows(out, out_token, index, query_count, output, HEAD_V, BLOCK_V)
     kept_log = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(log_kept + place, kept_log, mask=real)
     if DROPATTENTION:
         tl.store(log_allowed + place, every, mask=real)
     if COUNT:
-        tl.atomic_add(counts, tl.sum(tl.where(real, kept_pairs, 0).to(tl.int64), 0))
+        tl.atomic_add(counts, tl.sum(tl.where(real, kept_pairs, 0).to(tl.int64), 0), sem="relaxed")

@@ -18,7 +18,7 @@ from .triton_launch import unable as obstacle
 
 __all__ = ["drop_elements", "drop_rows", "obstacle"]
 
-_ROWS, _COLUMNS, _WARPS = 16, 128, 4
+_ROWS, _COLUMNS, _WARPS = 32, 128, 4
 
 
 def drop_elements(

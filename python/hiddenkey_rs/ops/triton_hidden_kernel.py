@@ -40,8 +40,10 @@ def drop_kernel(
         keep = keep & (sample >= 0)[:, None]
     else:
         keep = (tl.load(flags + row, mask=there, other=0) != 0)[:, None]
-    # Chosen, not multiplied: a dropped infinity or NaN becomes zero.
-    values = tl.where(keep, states.to(tl.float32) * scale, 0.0)
+    # Chosen, not multiplied: a dropped infinity or NaN becomes zero. What is counted is chosen through the states, whose
+    # layout in registers ties the sum to the mask at hand: by itself the compiler draws the mask once more for it.
+    chosen = tl.where(keep & (states == states), 1, 0) | tl.where(keep, 1, 0)
+    values = tl.where(chosen != 0, states.to(tl.float32) * scale, 0.0)
     if RESIDUAL:
         rounded = values.to(out.dtype.element_ty).to(tl.float32)
         values = rounded + tl.load(residual + wide * residual_row + column[None, :], mask=inside, other=0.0).to(
@@ -49,4 +51,4 @@ def drop_kernel(
         )
     tl.store(out + wide * out_row + column[None, :], values.to(out.dtype.element_ty), mask=inside)
     if COUNT:
-        tl.atomic_add(counts, tl.sum(tl.sum((keep & inside).to(tl.int32), 1).to(tl.int64), 0))
+        tl.atomic_add(counts, tl.sum(tl.sum(tl.where(inside, chosen, 0), 1), 0).to(tl.int64), sem="relaxed")

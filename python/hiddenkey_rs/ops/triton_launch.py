@@ -17,6 +17,13 @@ HOPPER = 227 << 10
 _NOTHING, _ELEMENT, _KEYS, _KEPT = 0, 1, 2, 3
 
 
+def widest_head(states: Tensor) -> int:
+    """The widest heads of this dtype and device whose tiles fit into shared memory."""
+    if states.dtype != torch.float32:
+        return 256
+    return 128 if _shared_memory(states.device) >= HOPPER else 64
+
+
 def unable(states: Tensor) -> str | None:
     """Why Triton cannot work on this tensor at all: not installed, another device, another dtype."""
     if not _installed():
@@ -79,8 +86,10 @@ class Launch:
             "ROWS": rows,
             "COLUMNS": columns,
             "PATTERN": pattern,
-            "PRECISION": _precision(query, max(head, head_v)),
+            "PRECISION": _precision(query),
             "num_warps": warps,
+            # Products and sums become one instruction, which Triton 3.10 must be asked for.
+            "enable_fp_fusion": True,
             # One stage more, where there are two, for the positions that rows are loaded by: half a KiB.
             "num_stages": stages + (pattern == _KEPT and kind != "key" and stages > 1),
         }
@@ -97,17 +106,24 @@ def tiles(kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER) -> tup
 
     Chosen by what the compiler makes of them for sm_90 (registers, spills, shared memory), not by timings. Tiles of
     128 columns use every bit of a generator call. Gradients of keys hold two accumulators, which leaves room for 64
-    columns only where heads are wide; there a call is half used. ``shared``: bytes of shared memory a block can have.
+    columns only where heads are wide; there a call is half used. Eight warps divide 128 rows among them: of 64, each half
+    of them would compute all. ``shared``: bytes of shared memory a block can have.
     """
     if dtype == torch.float32:
         if shared < HOPPER:
-            return (32 if head <= 64 else 16), 64, 8, 1
-        return (64, 64, 4 if kind == "forward" else 8, 1) if head <= 64 else (32, 64, 8, 1)
+            return 32, 64, 4, 1
+        return (64, 64, 4, 1) if head <= 64 else (32, 64, 8, 1)
     if shared < HOPPER:
-        return (64 if head <= 128 else 16), 64, 4, 1
+        if head > 128:
+            return 16, 64, 4, 1
+        if kind == "forward":
+            return 128, 64, 8, 2
+        return (64 if kind == "query" or head <= 64 else 32), 64, 4, 2
+    if head > 128:
+        return 128, 64, 8, 1
     if kind == "key":
-        return (64, 128, 8, 2) if head <= 64 else (64, 64, 8, 2 if head <= 128 else 1)
-    return (128, 128, 8, 2) if head <= 128 else (64, 64, 8, 2)
+        return (128, 128, 8, 2) if head <= 64 else (128, 64, 8, 1)
+    return 128, 128, 8, 2
 
 
 @cache
@@ -118,14 +134,10 @@ def _shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def _precision(states: Tensor, head: int) -> str:
+def _precision(states: Tensor) -> str:
     """How float32 is multiplied; other dtypes do not read it."""
     if states.device.type == "cpu":
         return "interpreter"
-    if head > 128:
-        # No tensor core computes these, and thousands of registers spill; but operands in TF32 do not fit into shared
-        # memory.
-        return "ieee"
     backend = torch.backends.cuda.matmul
     setting = getattr(backend, "fp32_precision", None)  # torch >= 2.9
     fast = backend.allow_tf32 if setting is None else setting == "tf32"
