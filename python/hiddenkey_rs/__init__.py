@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import losses, masks, ops
-    from .attachment import Handle, attach
+    from .attachment import Handle, attach, detach
     from .batches.pack import Packing, pack
     from .config import (
         PRESETS,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .train.sft import HiddenKeySFTTrainer
 
 _MODULE_OF = {
-    **dict.fromkeys(["attach", "Handle"], "attachment"),
+    **dict.fromkeys(["attach", "detach", "Handle"], "attachment"),
     **dict.fromkeys(
         ["PRESETS", "AttentionDrop", "Consistency", "ElementDrop", "HiddenDrop", "HiddenKeyConfig"], "config"
     ),
@@ -78,6 +78,7 @@ __all__ = [
     "__version__",
     "attach",
     "build_dataloader",
+    "detach",
     "get_num_threads",
     "losses",
     "masks",

@@ -14,6 +14,9 @@ from ..config import HiddenKeyConfig
 from ..errors import ConfigError, UnsupportedModelError
 from .sites import ATTENTION_KINDS, Stack
 
+_BY_TOKEN = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS")
+"""Tasks of peft whose labels stand beside tokens."""
+
 
 def base_model(model: Any) -> Any:
     """The transformers model itself, out of its peft wrapper."""
@@ -32,7 +35,20 @@ def base_model(model: Any) -> Any:
             f"only transformers models can be attached to (got {type(model).__name__}); "
             "pass a PreTrainedModel or the PeftModel around one"
         )
+    _check_prompts(model)
     return base
+
+
+def _check_prompts(model: Any) -> None:
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if adapter is None or not getattr(adapter, "is_prompt_learning", False):
+        return
+    kind, task = (str(getattr(value, "value", value)) for value in (adapter.peft_type, adapter.task_type))
+    if kind == "PREFIX_TUNING" or task in _BY_TOKEN:
+        raise UnsupportedModelError(
+            f"prompt learning puts tokens before every row that belong to no example (got {type(adapter).__name__} for "
+            f"{task}); use an adapter inside the layers, such as LoraConfig"
+        )
 
 
 def check_wrapper(model: nn.Module | None) -> None:
@@ -63,6 +79,11 @@ def check_model(base: transformers.PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"the model does not take its attention from transformers' attention interface (got "
             f"{type(base).__name__}, model_type {base.config.model_type!r}); use the library's own model class"
+        )
+    if base.config.model_type == "gpt2" and base.config.add_cross_attention:
+        raise UnsupportedModelError(
+            "GPT-2 hands no keyword arguments to its cross-attention, so its dropout cannot reach it (got "
+            "add_cross_attention=True); use another decoder, such as BART's or BERT's"
         )
     chunk = getattr(base.config, "chunk_size_feed_forward", 0)
     if chunk:

@@ -68,9 +68,9 @@ def count_items(handle: Handle, batch: dict[str, Any]) -> Any:
     if answers(batch):
         tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
         return (labels < tokens.shape[1]).sum()
-    if labels.dim() < 2 or is_for("SequenceClassification", handle.base):
+    if labels.is_floating_point() or (labels.dim() == 2 and is_for("SequenceClassification", handle.base)):
         return labels.shape[0]
-    return (labels[:, 1:] if shifts_labels(handle) else labels).ne(-100).sum()
+    return (labels[:, 1:] if labels.dim() == 2 and shifts_labels(handle) else labels).ne(losses.IGNORED).sum()
 
 
 def shifts_labels(handle: Handle) -> bool:
@@ -130,7 +130,7 @@ def compared_rows(
     if logits is None or (per_token and logits.dim() == 2):
         raise ConfigError(
             f"a consistency term needs logits of classes (got {type(outputs).__name__} of {type(handle.base).__name__} "
-            "without them); set consistency=None for this head"
+            "without them); set consistency=None for this head, or return_dict=True if it was set to False"
         )
     if logits.dim() == 2:
         return logits

@@ -144,7 +144,7 @@ FAMILIES: dict[str, Family] = {
         Family("modernbert", (StackSpec("ModernBertModel", "layers", "attn", "mlp", role="encoder"),)),
         Family(
             "gpt2",
-            (StackSpec("GPT2Model", "h", "attn", "mlp", "crossattention", role="decoder", tells_documents=True),),
+            (StackSpec("GPT2Model", "h", "attn", "mlp", role="decoder", tells_documents=True),),
         ),
         Family(
             "gpt_neox", (StackSpec("GPTNeoXModel", "layers", "attention", "mlp", role="decoder", tells_documents=True),)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..config import HiddenKeyConfig
@@ -28,10 +30,11 @@ from .sharing import Sharing
 from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
 from .stock import StockDropout, adapter_dropouts
 from .tokens import check_positions, check_sample_ids
+from .wiring import Wiring
 
 # Models by identity, held weakly: the hooks stay on a model whether or not anybody keeps its handle, and an id() may
 # come back for another model while a dead one's hooks still wait for the cycle collector.
-_ATTACHED: WeakSet[nn.Module] = WeakSet()
+_ATTACHED: WeakKeyDictionary[nn.Module, ReferenceType[Session]] = WeakKeyDictionary()
 _warned_stock = False
 
 
@@ -71,6 +74,50 @@ def attach(
     return Handle(model, config if config is not None else HiddenKeyConfig(), stock_dropout, impl)
 
 
+def detach(model: nn.Module) -> None:
+    """What :meth:`Handle.detach` does, for a model whose handle nobody kept. Harmless where nothing is attached.
+
+    Example:
+        >>> import transformers, hiddenkey_rs as hk
+        >>> shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        >>> model = transformers.BertModel(transformers.BertConfig(**shape))
+        >>> _ = hk.attach(model, stock_dropout="off")
+        >>> hk.detach(model)
+        >>> hk.attach(model, "dropkey-span", stock_dropout="off").detach()
+    """
+    session = attached_session(model)
+    if session is not None:
+        session.undo()
+
+
+def attached_session(model: Any) -> Session | None:
+    """The session of what is attached to a model, or to the one inside its peft wrapper."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = _ATTACHED.get(base)
+    return None if found is None else found()
+
+
+def _undo(
+    session: Session,
+    removers: list[RemovableHandle],
+    sharing: Sharing,
+    stock: StockDropout,
+    base: ReferenceType[nn.Module],
+) -> None:
+    if not session.attached:
+        return
+    for remover in removers:
+        remover.remove()
+    for implementation in session.implementations:
+        implementation.detach()
+    sharing.detach()
+    stock.restore()
+    session.attached = False
+    model = base()
+    if model is not None:
+        _ATTACHED.pop(model, None)
+
+
 class Handle:
     """A config attached to a model: steps, losses, the report, and the way back. Made by :func:`attach`."""
 
@@ -86,7 +133,7 @@ class Handle:
         if self.base in _ATTACHED:
             raise StateError(
                 f"something is attached to this model already (got {type(self.base).__name__}); "
-                "call detach() on the first handle before attaching again"
+                "call detach() on the first handle (a Trainer's is trainer.handle), or hiddenkey_rs.detach(model)"
             )
         family = family_of(self.base.config.model_type, transformers.__version__)
         check_model(self.base)
@@ -122,22 +169,20 @@ class Handle:
             choices=compared.is_for("MultipleChoice", self.base),
         )
         self.sharing, self.head = Sharing(self), head_of(self)
-        self._removers = hooks.install(self.session, self.stacks, self.output, self.head)
-        _ATTACHED.add(self.base)
-        self._attached = True
+        removers = hooks.install(self.session, self.stacks, self.output, self.head)
+        dropping = [site for site in self.sites if site.drops or site is self.output]
+        head = [] if self.head is None else [name for name, m in self.base.named_modules() if m is self.head.module]
+        self._wiring = Wiring(self.base, [*(site.name for site in dropping), *head])
+        self.session.undo = partial(_undo, self.session, removers, self.sharing, self.stock, ref(self.base))
+        self.session.attached = True
+        _ATTACHED[self.base] = ref(self.session)
 
     def detach(self) -> None:
-        """Take everything away again; the model is the object that it was before, bit for bit. Harmless twice."""
-        if not self._attached:
-            return
-        for remover in self._removers:
-            remover.remove()
-        for implementation in self.session.implementations:
-            implementation.detach()
-        self.sharing.detach()
-        self.stock.restore()
-        _ATTACHED.discard(self.base)
-        self._attached = False
+        """Take everything away again; the model is the object that it was before, bit for bit. Harmless twice.
+
+        Not between a loss and its ``backward()`` where activations are checkpointed: layers run again in there.
+        """
+        self.session.undo()
 
     @property
     def sites(self) -> list[Site]:
@@ -172,9 +217,10 @@ class Handle:
 
         Raises:
             DataError: ids missing, of another kind, or out of range.
-            StateError: detached, or already inside a step.
+            StateError: detached, already inside a step, or a module that drops was replaced.
         """
         self._require_attached()
+        self._wiring.check(self.base)
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < 1 << 32:
             raise ConfigError(f"step must be an integer in [0, 2**32) (got {step!r}); pass the optimiser step")
         samples = check_sample_ids(sample_ids)
@@ -258,7 +304,7 @@ class Handle:
     # -- checks -----------------------------------------------------------------------------------------------------
 
     def _require_attached(self) -> None:
-        if not self._attached:
+        if not self.session.attached:
             raise StateError("this handle is detached (got a call after detach()); attach again")
 
     def _check_consistency(self) -> None:

@@ -22,6 +22,8 @@ from .compared import is_for
 if TYPE_CHECKING:
     from .handle import Handle
 
+_CHANGES_LOSS = ("num_items_in_batch", "logits_to_keep")
+
 LEAST_ROWS = 64
 """Tokens of a piece, at least: fewer would not keep a head busy."""
 
@@ -67,8 +69,8 @@ def head_of(handle: Handle) -> Head | None:
     named = any(
         is_for(word, base) for word in ("LMHead", "ForCausalLM", "ConditionalGeneration", "MaskedLM", "MTModel")
     )
-    # A router's balancing loss is made inside the model, from the labels' presence.
-    if module is None or not named or getattr(config, "output_router_logits", False):
+    routed = getattr(config, "output_router_logits", False)
+    if module is None or not named or routed or not _plain_loss(handle.model, base):
         return None
     # Without labels, who else could make a decoder's inputs?
     if config.is_encoder_decoder and not hasattr(base, "prepare_decoder_input_ids_from_labels"):
@@ -77,6 +79,24 @@ def head_of(handle: Handle) -> Head | None:
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     return Head(module, softcap, getattr(base, "final_logits_bias", None), scale)
+
+
+def _plain_loss(model: nn.Module, base: nn.Module) -> bool:
+    """Whether the model's loss is made by transformers' own code alone, without anything that a caller put in or added."""
+    maker = next(kind for kind in type(base).__mro__ if "forward" in vars(kind))
+    # AdaLoRA adds its regulariser to the loss of the model that it wraps.
+    tuner = model.base_model if model is not base else None
+    adds = tuner is not None and "forward" in vars(type(tuner))
+    return maker.__module__.startswith("transformers.") and not hasattr(base, "_loss_function") and not adds
+
+
+def makes_loss(handle: Handle, batch: dict[str, Any]) -> bool:
+    """Whether this batch's loss is the mean cross-entropy over tokens, which is made of what the head received.
+
+    A router's balancing loss is made inside the model, from the labels' presence; some arguments change the loss.
+    """
+    routed = batch.get("output_router_logits", getattr(handle.base.config, "output_router_logits", False))
+    return handle.head is not None and not routed and not any(batch.get(name) is not None for name in _CHANGES_LOSS)
 
 
 @contextmanager
@@ -119,7 +139,7 @@ def token_losses(
     Only the first result has a gradient.
     """
     boost = torch.exp2(-torch.floor(torch.log2(scales[0]))) if head.is_half(first) else None
-    run = _Pieces(head, labels, kind, both, scales, boost)
+    run = _Pieces(head, labels, kind, both, scales, boost, torch.is_grad_enabled())
     return _TokenLosses.apply(run, first, second, *head.parameters)  # type: ignore[no-any-return]
 
 
@@ -135,6 +155,8 @@ class _Pieces:
     boost: Tensor | None = None
     """A power of two, about the number of tokens: float16 gradients are made this much larger, since a trainer scales the
     loss when they are made already."""
+    differentiated: bool = True
+    """Whether gradients are made at all."""
 
     def terms(self, first: Tensor, second: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head.logits(first)
@@ -163,7 +185,7 @@ class _Pieces:
             torch.empty_like(state, dtype=kind) if state is not None and want else None
             for state, want in zip(states, wanted, strict=False)
         ]
-        trained = [torch.zeros_like(parameter, dtype=kind) for parameter in parameters]
+        trained: list[Tensor | None] = [None] * len(parameters)  # and so it stays for one that the head does not use
         for start in range(0, len(first), rows):
             piece = slice(start, start + rows)
             leaves = [
@@ -182,13 +204,15 @@ class _Pieces:
             targets += parameters if any(wanted[2:]) else []
             if not targets:
                 continue
-            found = iter(torch.autograd.grad(loss, targets))
+            found = iter(torch.autograd.grad(loss, targets, allow_unused=True))
             for gradient in gradients:
                 if gradient is not None:
                     gradient[piece] = next(found)
-            for total, part in zip(trained, found, strict=False):
-                total += part
-        return totals, [*gradients, *(trained if any(wanted[2:]) else [None] * len(parameters))]
+            for number, part in enumerate(found):
+                before = trained[number]
+                if part is not None:
+                    trained[number] = part.to(kind or part.dtype) if before is None else before.add_(part)
+        return totals, [*gradients, *trained]
 
     def vocabulary(self, hidden: Tensor) -> int:
         """How many logits the head makes."""
@@ -201,7 +225,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Pieces, first: Tensor, second: Tensor | None, *parameters: Tensor) -> Any:
-        wanted = list(ctx.needs_input_grad[1:])
+        wanted = [need and run.differentiated for need in ctx.needs_input_grad[1:]]
         wanted[1] = wanted[1] and run.both
         totals, gradients = run.run([first, second], wanted)
         ctx.gradients, ctx.boost = gradients, run.boost

@@ -125,7 +125,7 @@ def _note(step: Pass, site: Site, depth: int, kept: Tensor, total: Tensor) -> No
 def _input_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         step = session.running(number)
-        return None if step is None else _cut(step, site, 0, output)
+        return None if step is None or not module.training else _cut(step, site, 0, output)
 
     return after
 

@@ -34,6 +34,7 @@ class Implementation:
 
     def begin(self, active: bool, packed: bool = False) -> None:
         """A forward pass begins: ours if ``active``, the stock model's otherwise."""
+        self._adopt()
         self.active, self.packed = active, packed
         self.config._attn_implementation = NAME if active else self.original
 
@@ -45,7 +46,13 @@ class Implementation:
     def detach(self) -> None:
         """Give the config its own implementation back."""
         IMPLEMENTATIONS.pop(id(self.config), None)
+        self._adopt()
         self.config._attn_implementation = self.original
+
+    def _adopt(self) -> None:
+        """What ``set_attn_implementation`` asked for meanwhile is the model's own from now on."""
+        if self.config._attn_implementation != NAME:
+            self.original = self.config._attn_implementation
 
 
 def implementations(model: nn.Module) -> list[Implementation]:

@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
-from ..errors import StateError
+from ..errors import StateError, UnsupportedModelError
 from .kernels import attend
 from .passes import Pass, attention_keep, check_apart
 from .prepared import PreparedPass
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 NAME = "hiddenkey"
 PASS_KEYWORD = "hiddenkey"
 DEPTH_KEYWORD = "hiddenkey_depth"
+FORBIDDEN = -5e3
+"""What an additive mask says at most of a pair that it forbids: older models write -1e4, in bfloat16 -9984."""
 
 IMPLEMENTATIONS: WeakValueDictionary[int, Implementation] = WeakValueDictionary()
 """``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the handle."""
@@ -109,6 +111,8 @@ def hiddenkey_attention(
     step: Pass | None = kwargs.pop(PASS_KEYWORD, None)
     call = kwargs.pop(DEPTH_KEYWORD, None)
     site = step.sites.get(module) if step is not None else None
+    if step is None:
+        _check_outside(module)
     if step is None or site is None:
         extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {name: value for name, value in extra.items() if value is not None}
@@ -129,7 +133,7 @@ def hiddenkey_attention(
         check_apart(step, site, allowed)
     step.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
-    drop = site.drops.get(depth)
+    drop = site.drops.get(depth) if module.training else None  # part of a model may be out of training
     if step.impl == "triton":
         tensors = (query, key, value)
         # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
@@ -165,8 +169,9 @@ def allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tupl
     """Split a mask into the boolean set of allowed pairs and the finite numbers to add to their logits."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return attention_mask, bias
-    # A user's own 4-D additive mask: "very negative" means forbidden, anything else is a bias.
-    allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    # A user's own 4-D additive mask: what no softmax gives any weight is forbidden, anything else is a bias. A pair that is
+    # forbidden by -1e4 must stay so where all others of its row are dropped.
+    allowed = attention_mask > FORBIDDEN
     numbers = attention_mask.masked_fill(~allowed, 0.0)
     return allowed, numbers if bias is None else bias + numbers
 
@@ -184,6 +189,19 @@ def _note_received(
             kept = ops.kept_set(allowed, keep, rescue="own", queries=query.shape[2], keys=key.shape[2])
         weights = ops.attention_weights(query, key, allowed=allowed, kept=kept, **how)
         site.layer.received = weights.sum(dim=(1, 2), dtype=torch.float32)
+
+
+def _check_outside(module: nn.Module) -> None:
+    """An :class:`UnsupportedModelError` if attention runs inside an active pass that did not reach it.
+
+    The mask that it was given is one of ours, which not every stock function reads as we do.
+    """
+    implementation = None if torch.compiler.is_compiling() else IMPLEMENTATIONS.get(id(getattr(module, "config", None)))
+    if implementation is not None and implementation.active:
+        raise UnsupportedModelError(
+            f"the model hands no keyword arguments to this attention, so its dropout cannot reach it (got "
+            f"{type(module).__name__}); use a model class of which every attention layer receives them"
+        )
 
 
 def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

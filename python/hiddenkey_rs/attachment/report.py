@@ -58,9 +58,13 @@ class Report:
 
 def build(handle: Handle) -> Report:
     """The report of a handle."""
-    rows = [_row(site, depth) for site in handle.sites for depth in sorted(site.drops)]
-    # A shared module (ALBERT) stands for many depths; each depth is one row, under the module that owns the plan.
-    unique = {(row.site, row.layer): row for row in rows}
+    # A shared module (ALBERT) stands for many depths, and of several groups each plans all of them: each depth is one row,
+    # under the module that ran it, or the last one.
+    unique: dict[tuple[str, int], ReportRow] = {}
+    for row in (_row(site, depth) for site in handle.sites for depth in sorted(site.drops)):
+        before = unique.get((row.site, row.layer))
+        if before is None or before.measured is None:
+            unique[row.site, row.layer] = row
     stock = "off" if handle.stock.off else f"kept in {handle.stock.live} place(s)"
     base = handle.base
     depths = sum(stack.depths for stack in handle.stacks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
+from .compared import is_for
 from .implementation import Implementation
 from .interface import allowed_and_bias
 from .passes import MaskRecorder, Pass, StackPass, check_apart
@@ -86,6 +87,11 @@ class Session:
         self.handed: dict[int, Any] = {}
         """By stack, what those of a compiled model hand on in the next pass."""
         self._proven = self._apart = False
+        self.attached = False
+        self.undo: Callable[[], None] = _nothing
+        """Takes everything away again; here, as the hooks keep a session alive, and nobody may keep the handle."""
+        self.of_trainer = False
+        """Whether a Trainer attached it, which the next Trainer of the model may undo."""
 
     @contextmanager
     def step(self, active: ActiveStep) -> Iterator[None]:
@@ -209,7 +215,8 @@ class Session:
                 if isinstance(value, Tensor) and value.dim() > 2
             }
             batch = batch | laid
-        step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1))
+        classes = is_for("SequenceClassification", self._model() or stack.module)
+        step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1, by_token=not classes))
         if step.suspect:
             _check_told_apart(stack, step, batch)
         sites = self._counted(stack)
@@ -332,7 +339,11 @@ class Session:
         missed = [
             site.name
             for site in stack.sites
-            if site.drops and site not in reached and site.kind != "input" and not (alone and _is_cross(site))
+            if site.drops
+            and site.module.training
+            and site not in reached
+            and site.kind != "input"
+            and not (alone and _is_cross(site))
         ]
         if missed:
             raise UnsupportedModelError(
@@ -340,6 +351,10 @@ class Session:
                 "another library has replaced the model's forward code, or the layer does not run"
             )
         self._proven = stack is self.stacks[-1]
+
+
+def _nothing() -> None:
+    """Until something is attached."""
 
 
 def refuse(message: str) -> NoReturn:
@@ -351,22 +366,25 @@ def refuse(message: str) -> NoReturn:
 
 def _lets_documents_mix(stack: Stack, mask: Tensor | None) -> bool:
     """A decoder that is given a 2-D mask beside packed rows is asked to (TRL's wrapped packing)."""
-    return stack.role == "decoder" and mask is not None and mask.dim() == 2
+    return stack.role == "decoder" and isinstance(mask, Tensor) and mask.dim() == 2
 
 
 def _is_cross(site: Site) -> bool:
     return site.kind == "cross-attention"
 
 
-def _inputs(stack: Stack, batch: dict[str, Any], beside: bool) -> dict[str, Any]:
-    """What a stack will receive of a batch; ``beside``: it stands beside another one, of an encoder-decoder."""
+def _inputs(stack: Stack, batch: dict[str, Any], beside: bool, by_token: bool) -> dict[str, Any]:
+    """What a stack will receive of a batch.
+
+    ``beside``: it stands beside another one, of an encoder-decoder. ``by_token``: labels, if (B, L), are of tokens.
+    """
     if not beside or stack.role == "encoder":
         return batch
     ids = batch.get("decoder_input_ids")
     if ids is None and batch.get("decoder_inputs_embeds") is None:
         # The model makes them: from labels of its tokens, or, under a classification head, from its inputs.
         labels = batch.get("labels")
-        ids = labels if labels is not None and labels.dim() == 2 else batch.get("input_ids")
+        ids = labels if labels is not None and labels.dim() == 2 and by_token else batch.get("input_ids")
     memory = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
     return {
         "input_ids": ids,
@@ -379,7 +397,7 @@ def _inputs(stack: Stack, batch: dict[str, Any], beside: bool) -> dict[str, Any]
 
 def _real(mask: Tensor | None, tokens: Tensor) -> Tensor:
     """Which tokens are no padding, (B, L) bool. Without a 2-D mask every token counts as real."""
-    if mask is None or mask.dim() != 2:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:  # some models take a mapping of 4-D masks
         return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     if mask.shape != tokens.shape[:2]:
         raise DataError(
@@ -396,7 +414,7 @@ def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -
     """
     config: Any = stack.module.config
     mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 4:
+    if isinstance(mask, Tensor) and mask.dim() == 4:
         check_apart(step, stack.sites[0], allowed_and_bias(mask, None)[0])
         return
     cached = batch.get("use_cache", getattr(config, "use_cache", False))

@@ -155,7 +155,13 @@ def check_sample_ids(sample_ids: object, name: str = "sample ids") -> np.ndarray
         raise DataError(
             f"{name} are missing (got None); pass the examples' ids in the data set, one for every row of the batch"
         )
-    array = sample_ids.detach().cpu().numpy() if isinstance(sample_ids, Tensor) else np.asarray(sample_ids)
+    try:
+        array = sample_ids.detach().cpu().numpy() if isinstance(sample_ids, Tensor) else np.asarray(sample_ids)
+    except (TypeError, ValueError) as error:  # rows of unequal length, bfloat16
+        raise DataError(
+            f"{name} must be integers of shape (batch,) or (batch, length) (got {type(sample_ids).__name__}: {error}); pass "
+            "the row numbers of the examples in the data set"
+        ) from None
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2):

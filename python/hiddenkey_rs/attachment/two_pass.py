@@ -26,10 +26,11 @@ from .compared import (
     compared_rows,
     compares_features,
     count_items,
+    is_for,
     shifts_labels,
     targets,
 )
-from .head import Head, token_losses, without_logits
+from .head import Head, makes_loss, token_losses, without_logits
 from .sharded import gathered
 
 if TYPE_CHECKING:
@@ -67,16 +68,18 @@ def compute(
     by_token = labels.dim() == 2 and not answers(batch)
     if idle and by_token and not labels.is_floating_point():
         batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
-    if handle.head is not None and task_loss is None and by_token:
+    if handle.head is not None and makes_loss(handle, batch) and task_loss is None and by_token:
         return _on_tokens(handle, handle.head, model, part, batch, num_items)
-    nothing = int(items) == 0  # asked before the passes, so that an accelerator's host waits for the labels alone
+    carrying = int(items)  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
-    if nothing:  # a mean over nothing is NaN, and so is its gradient
+    if not carrying:  # a mean over nothing is NaN, and so is its gradient
         zero = 0.0 * (answer_logits(passes.outputs) if answers(batch) else passes.outputs.logits).sum()
         return LossOutput(zero, zero.detach(), None if part is None else zero.detach(), passes.outputs)
     per_row = None
     if part is not None and passes.second is not None:
         per_row = losses.consistency(part.kind, passes.first, passes.second, gradient=part.gradient)
+        if labels.dim() == 1 and carrying < len(labels):  # classes that carry no loss are compared no more than tokens
+            per_row = per_row[labels.ne(losses.IGNORED)]
     # A mean over this batch's rows (over both branches of a doubled batch: the mean of the two).
     if task_loss is not None:
         task = task_loss(passes.outputs, targets(passes.batch))
@@ -151,8 +154,11 @@ def _passes(
     """Run what the consistency term asks for. ``rows`` makes of (batch, outputs, features) what is compared."""
     compiled = on_compiled(model)  # asked once: it walks all modules
     run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
+    # Without gradient a model in training runs as the stock one does; here it is asked for the loss of training.
+    force = not torch.is_grad_enabled()
     if part is None:
-        outputs, features = run(batch)
+        with handle.session.branches((0,), force):
+            outputs, features = run(batch)
         return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch)
     compared = rows or (lambda batch, outputs, features: compared_rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
@@ -162,16 +168,17 @@ def _passes(
             for name, value in batch.items()
             if name not in _ONE_ROW
         }
-        with handle.session.branches((0, 1)):
+        with handle.session.branches((0, 1), force):
             outputs, features = run(doubled)
         return _halves(compared(doubled, outputs, features), outputs, doubled)
     shared = handle.sharing.in_graphs(part.kind) if compiled else handle.sharing.layers
     if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
-        outputs, features = run(batch)
+        with handle.session.branches((0,), force):
+            outputs, features = run(batch)
     else:
-        with handle.sharing.recording(compiled):
+        with handle.sharing.recording(compiled), handle.session.branches((0,), force):
             outputs, features = run(batch)
         with handle.sharing.skipping(compiled):
             second = _second_pass(handle, model, part, batch, compared, run)
@@ -233,11 +240,13 @@ def _target_mask(handle: Handle, batch: dict[str, Any]) -> Tensor | None:
     is read only where there is padding behind it, and by no head.
     """
     labels = batch.get("labels")
+    if is_for("SequenceClassification", handle.base):  # whose labels are of rows, whatever their shape
+        labels = None
     if not handle.base.config.is_encoder_decoder or batch.get("decoder_attention_mask") is not None:
         return None
     if labels is None or labels.dim() != 2:
         real: Tensor | None = batch.get("attention_mask")
-        if real is None or real.dim() != 2 or batch.get("decoder_input_ids") is not None:
+        if not isinstance(real, Tensor) or real.dim() != 2 or batch.get("decoder_input_ids") is not None:
             return None
         return real.ne(0)
     return labels.ne(losses.IGNORED).flip(1).cumsum(1).flip(1).ne(0)

@@ -13,6 +13,7 @@ from transformers.trainer_utils import has_length
 
 from ..attachment import Handle, attach
 from ..attachment.compared import targets
+from ..attachment.handle import attached_session
 from ..config import HiddenKeyConfig
 from ..loading.collator import PLAN
 from ..loading.planned import check_split
@@ -59,6 +60,7 @@ class HiddenKeyTrainerMixin:
         self._hiddenkey = (config, stock_dropout, impl)
         model = kwargs.get("model", args[0] if args else None)
         if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
+            _release(model)
             attach(model, config, stock_dropout, impl).detach()
         super().__init__(*args, **kwargs)
         self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
@@ -69,9 +71,11 @@ class HiddenKeyTrainerMixin:
         self.data_collator = StoreCollator.around(self)
         # Not earlier, as some trainers wrap their model or change its config.
         self.handle = attach(self.model, config, stock_dropout, impl)  # type: ignore[attr-defined]
+        self.handle.session.of_trainer = True
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
+        self._begin = 0
         self._window: dict[str, Any] = {"step": 0}
         self._stream: Stream | None = None
         self._checkpoint: str | None = None
@@ -83,6 +87,7 @@ class HiddenKeyTrainerMixin:
         model = super().call_model_init(trial)  # type: ignore[misc]
         if hasattr(self, "handle"):
             self.handle = attach(model, *self._hiddenkey)
+            self.handle.session.of_trainer = True
         return model
 
     # -- data -----------------------------------------------------------------------------------------------------
@@ -218,21 +223,31 @@ class HiddenKeyTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
         with ranks.together():
-            self._window = {"step": 0}
-            self.handle.reset_counts()
+            self._begin = 0
             self._checkpoint = self._resumed(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(self._checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loop; it begins anew with a smaller batch where memory ran out (``auto_find_batch_size``)."""
+        self._window = {"step": self._begin}
+        self.handle.reset_counts()
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
     def _resumed(self, checkpoint: str | bool) -> str:
         folder = self.args.output_dir  # type: ignore[attr-defined]
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
-        self._window["step"] = transformers.TrainerState.load_from_json(
-            os.path.join(found, "trainer_state.json")
-        ).global_step
+        self._begin = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json")).global_step
         return found
 
 
 class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with dropout attached; see :class:`HiddenKeyTrainerMixin`."""
+
+
+def _release(model: Any) -> None:
+    """Give a model back that an earlier Trainer, which may be gone, left attached: training in stages is ordinary."""
+    session = attached_session(model)
+    if session is not None and session.of_trainer:
+        session.undo()
