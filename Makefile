@@ -76,7 +76,7 @@ gpu: ## every kernel against the reference, and the benches, on a CUDA device; u
 	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; export PYTHONPATH="python$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	 "$$python" -c 'import hiddenkey_rs._core' || { echo "gpu: $$python cannot import hiddenkey_rs with its extension; run" \
 	   "make setup, or copy a built python/hiddenkey_rs/_core.abi3.so here" >&2; exit 1; }; \
-	 "$$python" benches/gpu.py
+	 "$$python" benches/gpu.py $(if $(GPU_OUT),--out "$(GPU_OUT)")
 
 evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
 

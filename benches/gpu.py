@@ -3,7 +3,11 @@
 Needs the package, torch, triton, transformers, peft and numpy; no network and no data. Takes under ten minutes: what does
 not fit any more is left out and named. ``--dry-run`` does the same at toy sizes in Triton's interpreter, on any machine.
 
-Exit code 0 if every result was right, 1 if one was not, 2 without a CUDA device.
+Work is done in processes of their own, kernel checks in several at once, which compile side by side: a fault on the device
+ends one process, costs the part that it was at, and the rest goes on in a new one. Rows and summary are on disk as they come.
+
+Exit code 0 if every result was right; 1 if one was not, or a part could not be run; 2 without a CUDA device; 3 if nothing
+was wrong, and time ran out before everything was looked at.
 """
 
 from __future__ import annotations
@@ -11,11 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +32,13 @@ if "--dry-run" in sys.argv:
 import torch
 
 SECONDS = {"kernels": 170.0, "hidden": 200.0, "attention": 360.0, "steps": 460.0}
-"""After so long since the beginning no further part of a section begins. A part is never broken off: a model of 7 billion
-weights, the largest, is to end before ten minutes are over."""
+"""Sections, and after how long since the beginning no further part of one begins."""
+LIMIT = 585.0
+"""Seconds after which whatever still runs is ended."""
+CHECKERS = 8
+"""Most processes that check kernels."""
+_RETURN = 3
+"""A process' exit code after a fault that its device does not recover from."""
 
 
 def main() -> int:
@@ -34,88 +46,235 @@ def main() -> int:
     parser = argparse.ArgumentParser("gpu.py", description="Check and time the CUDA kernels.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, in Triton's interpreter")
+    parser.add_argument("--part", nargs=4, metavar=("SECTION", "FROM", "EVERY", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         sys.stderr.write("make gpu: this machine has no CUDA device that torch can use; nothing was run\n")
         return 2
-    from hiddenkey_rs.benchmarks import attention, devices, harness
-
-    device = "cpu" if options.dry_run else "cuda"
-    place = devices.place(harness.about(), device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = f"gpu_{_slug('dry run' if options.dry_run else torch.cuda.get_device_name())}"
-    lines = options.out / f"{name}.jsonl"
-    begun, rows, left = time.monotonic(), [], []
-    with lines.open("w", encoding="utf-8") as file:  # rows are on disk as they come, whatever happens later
-        for title, seconds, some in _sections(device, place, options.dry_run):
-            devices.say(f"gpu: {title}")
-            for row in _until(some, begun + seconds, title, left):
-                rows.append(row)
-                file.write(json.dumps(row.to_dict()) + "\n")
-                file.flush()
-        grown = list(attention.growth([row for row in rows if row.bench == "attention"], place))
-        file.writelines(json.dumps(row.to_dict()) + "\n" for row in grown)
-        rows += grown
-    text = summary(rows, place, left, time.monotonic() - begun)
-    (options.out / f"{name}.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
-    return 0 if rows and all(row.checked for row in rows) else 1
+    if options.part:
+        section, start, every, until = options.part
+        return work(section, int(start), int(every), float(until), options.dry_run)
+    return Run(options.out, options.dry_run).everything()
 
 
-def _sections(device: str, place: dict[str, Any], dry: bool) -> Iterator[tuple[str, float, Iterable[Iterable[Any]]]]:
-    """Title, when to stop, and parts, whose rows are made as they are asked for."""
-    from hiddenkey_rs.benchmarks import attention, harness, hidden, kernel_checks, step
+# -- one process ---------------------------------------------------------------------------------------------------
+
+
+def work(section: str, start: int, every: int, until: float, dry: bool) -> int:
+    """Parts ``start``, ``start + every``, ... of a section; what happens goes to standard output, a JSON object a line."""
+    device = "cpu" if dry else "cuda"
+    number = start - every
+    try:
+        from hiddenkey_rs.benchmarks import devices, harness
+
+        place = devices.place(harness.about(), device)
+        made = parts(section, device, place, dry)
+        _tell(parts=len(made))
+        for number in range(start, len(made), every):
+            if time.time() > until and number != start:
+                _tell(left=len(range(number, len(made), every)))
+                return 0
+            _tell(part=number)
+            for row in made[number]():
+                _tell(row=row.to_dict(), first=row.first)
+            _alive(device)
+    except Exception as error:  # whatever it is: the other parts still count
+        _tell(failed=f"{section}, part {max(number, start)}: {type(error).__name__}: {str(error)[:300]}")
+        return _RETURN
+    return 0
+
+
+def _tell(**said: Any) -> None:
+    sys.stdout.write(json.dumps(said) + "\n")
+    sys.stdout.flush()
+
+
+def _alive(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()  # raises after a fault, from which no later call recovers
+
+
+def parts(section: str, device: str, place: dict[str, Any], dry: bool) -> list[Any]:
+    """What a section consists of: functions that make rows."""
+    return {"kernels": _kernels, "hidden": _hidden, "attention": _attention, "steps": _steps}[section](
+        device, place, dry
+    )
+
+
+def _kernels(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
+    from hiddenkey_rs.benchmarks import kernel_checks
+
+    return [lambda one=one: kernel_checks.check(device, place, [one]) for one in kernel_checks.problems(dry)]
+
+
+def _hidden(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
+    from hiddenkey_rs.benchmarks import harness, hidden
+
+    shape, dtype = ((2, 5, 64), torch.float32) if dry else ((32, 1024, 4096), torch.bfloat16)
+    threads = torch.get_num_threads()
+    return [lambda: harness.run(hidden.cases(shape, dtype, device, threads, goals=not dry), place)]
+
+
+def _attention(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
+    from hiddenkey_rs.benchmarks import attention
     from hiddenkey_rs.benchmarks.attention_paths import KEPT, KERNEL, PLAIN, Layout
 
-    threads = [torch.get_num_threads()]
-    checks = (kernel_checks.check(device, place, [problem]) for problem in kernel_checks.problems(dry))
-    yield "kernels against the reference", SECONDS["kernels"], checks
-    shape, dtype = ((2, 5, 64), torch.float32) if dry else ((32, 1024, 4096), torch.bfloat16)
-    yield (
-        "HiddenCut and the residual add",
-        SECONDS["hidden"],
-        [harness.run(hidden.cases(shape, dtype, device, threads[0], goals=not dry), place)],
-    )
     sizes = attention.CUDA
     if dry:
         columns, elements = Layout(2, 1, 16), Layout(2, 2, 16, pattern="element", position="dropattention")
         paths = ((columns, KEPT, (PLAIN, KERNEL)), (elements, KERNEL, (PLAIN,)))
         series = tuple(attention.Series(layout, (32,), (0.1,), ours, peers) for layout, ours, peers in paths)
         sizes = replace(sizes, tokens=64, series=series, device=device, dtype=torch.float32, goals=False)
-    lengths = [replace(series, lengths=(length,)) for series in sizes.series for length in series.lengths]
-    parts = (attention.run(replace(sizes, series=(series,)), threads, place) for series in lengths)
-    yield "attention", SECONDS["attention"], parts
-    models = _steps(device, dry)
-    steps = (step.run(replace(models, shapes=(shape,)), threads, place) for shape in models.shapes)
-    yield "training steps", SECONDS["steps"], steps
+    # Of every layout the length first that goals begin at: should time run out, each has been looked at.
+    single = [replace(series, lengths=(length,)) for series in sizes.series for length in series.lengths]
+    single.sort(key=lambda series: (series.lengths[0] != 2048, series.lengths[0] < 2048))
+    threads = [torch.get_num_threads()]
+    return [lambda one=one: attention.run(replace(sizes, series=(one,)), threads, place) for one in single]
 
 
-def _steps(device: str, dry: bool) -> Any:
+def _steps(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
     """The encoder and the decoder of ``bench step``, and where memory allows a decoder of 7 billion weights."""
     from hiddenkey_rs.benchmarks import step
 
     if dry:
         shape = replace(step.QUICK.shapes[0], layers=1, hidden=16, heads=1, vocab=50, length=6, batch=2, ffn=32)
-        return replace(step.QUICK, shapes=(shape,), samples=1, memory=False, budget=0.0)
-    shapes = [replace(shape, dtype="bfloat16") for shape in step.WHOLE.shapes]
-    if torch.cuda.get_device_properties(0).total_memory > 70e9:
-        large = replace(shapes[1], layers=32, hidden=4096, heads=32, vocab=32000, length=1024, batch=2, ffn=11008)
-        shapes.append(large)
-    return replace(step.WHOLE, shapes=tuple(shapes), device=device, profile=True)
+        sizes = replace(step.QUICK, shapes=(shape,), samples=1, memory=False, budget=0.0)
+    else:
+        shapes = [replace(shape, dtype="bfloat16") for shape in step.WHOLE.shapes]
+        if torch.cuda.get_device_properties(0).total_memory > 70e9:
+            shapes.append(
+                replace(shapes[1], layers=32, hidden=4096, heads=32, vocab=32000, length=1024, batch=2, ffn=11008)
+            )
+        sizes = replace(step.WHOLE, shapes=tuple(shapes), device=device, profile=True)
+    threads = [torch.get_num_threads()]
+    return [lambda one=one: step.run(replace(sizes, shapes=(one,)), threads, place) for one in sizes.shapes]
 
 
-def _until(parts: Iterable[Iterable[Any]], end: float, title: str, left: list[str]) -> Iterator[Any]:
-    """Every row of the parts that begin before the clock says stop; at least of one."""
-    iterator = iter(parts)
-    for part in iterator:
-        yield from part
-        if time.monotonic() > end:
-            if next(iterator, None) is not None:
-                left.append(f"the rest of {title}")
-            return
+# -- all of them ---------------------------------------------------------------------------------------------------
 
 
-def summary(rows: Sequence[Any], place: dict[str, Any], left: Sequence[str], seconds: float) -> str:
+@dataclass
+class Worker:
+    """A process at work on every ``every``-th part of a section, and where it was when it last said so."""
+
+    start: int
+    every: int
+    process: Any = None
+    at: int | None = None
+    said: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
+    """Its lines, and ``None`` behind the last one."""
+
+
+@dataclass
+class Run:
+    """All sections, and what came of them."""
+
+    out: Path
+    dry: bool
+    rows: list[Any] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def everything(self) -> int:
+        """Returns the exit code."""
+        from hiddenkey_rs.benchmarks import attention, devices, harness
+
+        self.place = devices.place(harness.about(), "cpu" if self.dry else "cuda")
+        self.begun, self.clock = time.monotonic(), time.time()
+        self.out.mkdir(parents=True, exist_ok=True)
+        name = f"gpu_{_slug('dry run' if self.dry else torch.cuda.get_device_name())}"
+        self.text = self.out / f"{name}.md"
+        with (self.out / f"{name}.jsonl").open("w", encoding="utf-8") as self.file:
+            for section in SECONDS:
+                devices.say(f"gpu: {section}")
+                self._section(section)
+                self._write()
+            for row in attention.growth([row for row in self.rows if row.bench == "attention"], self.place):
+                self._keep(row)
+        sys.stdout.write(self._write())
+        if self.failed or not self.rows or not all(row.checked for row in self.rows):
+            return 1
+        return 3 if self.left else 0
+
+    def _section(self, section: str) -> None:
+        many = max(1, min(CHECKERS, len(os.sched_getaffinity(0)) - 1)) if section == "kernels" and not self.dry else 1
+        workers = [Worker(start, many) for start in range(many)]
+        for worker in workers:
+            self._begin(section, worker)
+        while workers:
+            for worker in list(workers):
+                if not self._goes_on(section, worker):
+                    workers.remove(worker)
+
+    def _begin(self, section: str, worker: Worker) -> None:
+        until = str(self.clock + SECONDS[section])
+        command = [sys.executable, __file__, "--part", section, str(worker.start), str(worker.every), until]
+        worker.process = subprocess.Popen(command + ["--dry-run"] * self.dry, stdout=subprocess.PIPE, text=True)
+        worker.at = None
+        threading.Thread(target=_listen, args=(worker.process.stdout, worker.said), daemon=True).start()
+
+    def _goes_on(self, section: str, worker: Worker) -> bool:
+        """Take what a worker has said so far; False once it has ended for good."""
+        try:
+            line = worker.said.get(timeout=0.05)
+        except queue.Empty:
+            return self._in_time(section, worker)
+        if line is not None:
+            said = json.loads(line)
+            worker.at = said.get("part", worker.at)
+            if "row" in said:
+                self._keep(self._row(said))
+            if "left" in said:
+                self.left.append(f"{said['left']} part(s) of {section}")
+            if "failed" in said:
+                self.failed.append(said["failed"])
+            return True
+        code = worker.process.wait()
+        if code == 0:
+            return False
+        if code != _RETURN:
+            self.failed.append(f"{section}, part {worker.at}: the process ended with exit code {code}")
+        if worker.at is None:  # it did not even begin, and another one would not
+            return False
+        worker.start = worker.at + worker.every
+        self._begin(section, worker)
+        return True
+
+    def _in_time(self, section: str, worker: Worker) -> bool:
+        """Whether a worker that says nothing may go on; it is ended otherwise."""
+        if time.monotonic() - self.begun <= LIMIT:
+            return True
+        worker.process.kill()
+        worker.process.wait()
+        self.left.append(f"the rest of {section}, ended while it ran")
+        return False
+
+    def _row(self, said: dict[str, Any]) -> Any:
+        from hiddenkey_rs.benchmarks.harness import Row
+
+        return Row.from_dict(said["row"], said["first"])
+
+    def _keep(self, row: Any) -> None:
+        self.rows.append(row)
+        self.file.write(json.dumps(row.to_dict()) + "\n")
+        self.file.flush()
+
+    def _write(self) -> str:
+        text = summary(self.rows, self.place, self.left, self.failed, time.monotonic() - self.begun)
+        self.text.write_text(text, encoding="utf-8")
+        return text
+
+
+def _listen(stream: Any, said: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        if line.startswith("{"):  # libraries may write there, too
+            said.put(line)
+    said.put(None)
+
+
+def summary(
+    rows: Sequence[Any], place: dict[str, Any], left: Sequence[str], failed: Sequence[str], seconds: float
+) -> str:
     """The run in Markdown."""
     from hiddenkey_rs.benchmarks import attention, step
 
@@ -131,7 +290,9 @@ def summary(rows: Sequence[Any], place: dict[str, Any], left: Sequence[str], sec
     ]
     if left:
         parts.append(f"Left out for lack of time: {', '.join(left)}.")
-    parts += ["## Kernels", _kernels(checks)]
+    if failed:
+        parts.append("Could not be run:\n\n" + "\n".join(f"* {what}" for what in failed))
+    parts += ["## Kernels", _errors(checks)]
     parts += ["## HiddenCut and the residual add", *_markdown([[r.cells() for r in rows if r.bench == "hidden"]])]
     for bench in (attention, step):
         name = bench.__name__.rpartition(".")[2]
@@ -141,7 +302,7 @@ def summary(rows: Sequence[Any], place: dict[str, Any], left: Sequence[str], sec
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _kernels(checks: Sequence[Any]) -> str:
+def _errors(checks: Sequence[Any]) -> str:
     """The largest error of every kind and dtype."""
     worst: dict[tuple[str, str], float] = {}
     for row in checks:
@@ -155,7 +316,7 @@ def _kernels(checks: Sequence[Any]) -> str:
     return "\n".join(_markdown([cells]))
 
 
-def _markdown(tables: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+def _markdown(tables: Iterable[Sequence[dict[str, str]]]) -> list[str]:
     found = []
     for rows in tables:
         if rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -161,6 +162,28 @@ def test_make_gpu_needs_cuda_and_can_be_rehearsed(tmp_path: Path) -> None:
     text = (tmp_path / "gpu_dry_run.md").read_text()
     assert "6 of 6 kernel checks right" in text
     assert "| element dropattention" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "code", "said"),
+    [
+        ({"nothing": 9.0}, 1, "Could not be run:\n\n* nothing, part 0: KeyError: 'nothing'"),
+        ({"kernels": -1.0}, 3, "Left out for lack of time: 5 part(s) of kernels."),
+    ],
+)
+def test_make_gpu_says_what_it_did_not_do(
+    sections: dict[str, float], code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benches" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    gpu = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", gpu)  # where dataclasses look for their module
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(gpu, "SECONDS", sections)
+    assert gpu.Run(tmp_path, dry=True).everything() == code
+    assert said in (tmp_path / "gpu_dry_run.md").read_text()
 
 
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

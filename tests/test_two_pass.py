@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -497,3 +498,24 @@ def test_bfloat16_autocast() -> None:
         loss.backward()
         assert torch.isfinite(loss)
         assert all(torch.isfinite(p.grad).all() for p in handle.model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_how_often_a_step_waits_for_the_device_does_not_grow_with_layers(impl: str) -> None:
+    waits = []
+    for layers in (2, 8):
+        model = families.build("bert", num_hidden_layers=layers).cuda()
+        handle = hk.attach(model, config(hk.Consistency("kl")), stock_dropout="off", impl=impl)
+        batch = {name: value.cuda() for name, value in families.batch("bert").items()}
+        for step in range(3):
+            with warnings.catch_warnings(record=True) as seen, handle.step(step, IDS):
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    handle.loss(**batch).backward()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchroniz" in str(one.message) for one in seen))
+    assert waits[0] == waits[1] <= 8

@@ -353,9 +353,19 @@ def test_as_a_torch_operator() -> None:
     q, k, v = tensors(2, 1, 6, 6, 1)
     table = batch([(0, 5, 0)], width=6).documents().table
     keys = torch.tensor([KEY.derive()])
-    settings = (5, 5, False, 32768, 1, 0.25, True, True, 0, False, False, False)
+    settings = (5, 5, False, 32768, 1, 0.25, True, True, 0, False, False, False, False)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static")
     torch.library.opcheck(triton_attention.attention_forward, (q, k, v, table, keys, None, *settings), test_utils=tests)
+
+
+def test_rows_that_begin_at_their_start_are_known_without_asking() -> None:
+    found = batch([(0, 5, 0)], [(0, 9, 0)], width=9).documents()
+    known = Documents.of_rows(found.table[:, 5], [5, 9], 9)
+    assert torch.equal(found.table, known.table)
+    facts = [(each.queries, each.keys, each.positions, each.shifted, each.full) for each in (found, known)]
+    assert facts[0] == facts[1] == (9, 9, 9, False, False)
+    assert Documents.of_rows(torch.tensor([4, 5]), [3, 0], 3).table[1, 2] == 0
+    assert Documents.of_rows(torch.tensor([4, 5]), [3, 3], 3).full
 
 
 def test_nothing_to_do() -> None:
@@ -417,3 +427,20 @@ def test_documents_with_gaps_are_refused() -> None:
         Documents.of_tokens([1], torch.zeros(1, 3).long(), torch.tensor([[0, 1, 3]]), torch.ones(1, 3).bool())
     with pytest.raises(ConfigError, match="do not pair up"):
         Documents.across(BATCHES["packed"].documents(), BATCHES["split"].documents())
+
+
+@pytest.mark.parametrize(("pattern", "position"), KINDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_full_batch_is_written_whole(causal: bool, pattern: str, position: str) -> None:
+    """Nothing of a batch without padding is set to zero first: what is not written would show as NaN here."""
+    whole, two = batch([(0, 21, 0)], [(0, 21, 0)], width=21), batch([(0, 9, 0), (9, 12, 0)], width=21)
+    assert whole.documents().full
+    assert two.documents().full
+    assert not BATCHES["left padding"].documents().full
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        for given in (whole, two):
+            compare(given, pattern=pattern, position=position, causal=causal)
+        compare(whole, whole, pattern=pattern, position=position)
+    finally:
+        torch.use_deterministic_algorithms(False)

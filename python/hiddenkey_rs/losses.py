@@ -89,10 +89,20 @@ def token_rows(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
 
 def labelled_rows(states: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     """:func:`token_rows` of logits or hidden states, and the labels that they predict: (N, V) and (N,)."""
-    if shift:
-        states, labels = states[:, :-1], labels[:, 1:]
+    return rows_at(labelled_places(labels, shift=shift), states, labels, shift=shift)
+
+
+def labelled_places(labels: Tensor, *, shift: bool) -> Tensor:
+    """Where labels (B, L) that carry loss are predicted: numbers of tokens, int64 (N,). An accelerator's host waits for it."""
     carries = labels != IGNORED
-    return states[carries], labels[carries]
+    if shift:  # the token before predicts it, in its own row
+        carries = F.pad(carries[:, 1:], (0, 1))
+    return carries.flatten().nonzero().flatten()
+
+
+def rows_at(places: Tensor, states: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """States (B, L, D) at :func:`labelled_places`, (N, D), and the labels that they predict, (N,)."""
+    return states.flatten(0, 1).index_select(0, places), labels.flatten().index_select(0, places + int(shift))
 
 
 def reduce(per_row: Tensor, normaliser: Tensor | float | None = None) -> Tensor:

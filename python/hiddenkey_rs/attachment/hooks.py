@@ -177,5 +177,5 @@ def _drop_output(step: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tens
             )
         return _cut(step, site, 0, hidden)
     output, kept = drop_pooled(step, site, drop, hidden)
-    _note(step, site, 0, kept, torch.tensor(hidden.numel(), device=hidden.device))
+    _note(step, site, 0, kept, kept.new_full((), hidden.numel()))
     return output

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import ops
 from ..errors import StateError, UnsupportedModelError
 from .kernels import attend
-from .passes import Pass, attention_keep, check_apart
+from .passes import Pass, StackPass, attention_keep, check_apart
 from .prepared import PreparedPass
 from .sites import Site
 
@@ -148,13 +148,17 @@ def hiddenkey_attention(
     heads = key.shape[1] if drop.heads == "group" else query.shape[1]
     keep = attention_keep(step, site, drop, depth, heads, query.shape[2], key.shape[2])
     _note_received(site, query, key, allowed, keep, **how)
+    rescue = "all" if site.kind == "cross-attention" else "own"
+    by_row = allowed is None or allowed.shape[1:3] == (1, 1)  # all queries of a document see the same keys
+    if by_row and isinstance(step, StackPass) and step.keeps_some(site, drop, depth):
+        rescue = "none"  # known from the plan: masks of one row stay so, and no device is asked
     output, dropped, total = ops.dropped_attention(
         query,
         key,
         value,
         allowed=allowed,
         keep=keep,
-        rescue="all" if site.kind == "cross-attention" else "own",
+        rescue=rescue,
         rate=drop.realised,
         position=drop.position,
         dropout=dropout,

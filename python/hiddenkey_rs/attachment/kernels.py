@@ -77,7 +77,7 @@ def attend(
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
         pairs = _allowed_pairs(step.tokens, step.column_tokens(site), causal, width)
-        total = torch.tensor(query.shape[1] * pairs, device=query.device)
+        total = kept.new_full((), query.shape[1] * pairs)  # written there: a copy would make the host wait
         step.count(site, depth, total - kept, total)
     return output
 

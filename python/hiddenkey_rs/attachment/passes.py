@@ -106,6 +106,13 @@ class StackPass:
                 self.runs[site.kind] = ops.Documents.across(own, _runs(self.column_tokens(site)))
         return self.runs[site.kind]
 
+    def keeps_some(self, site: Site, drop: SiteDrop, depth: int) -> bool:
+        """Whether a planned mask leaves every document at least one key, for every head."""
+        if drop.pattern == "element":
+            return False
+        kept = self.plans[site.kind == "cross-attention"].kept(depth, site.site)
+        return bool(kept[self.column_tokens(site).lengths > 0].all())
+
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask over the batch, bool (B, heads, L); False at padding."""
         return self.column_tokens(site).lay(_planned(self, site, drop, depth, heads)[:, :, 0])
@@ -120,7 +127,7 @@ class StackPass:
     def keys(self, site: Site, depth: int) -> Tensor:
         """The site's keys, int64 (branches, 2)."""
         keys = [_key(self, site, depth, branch).derive() for branch in self.tokens.branch_order]
-        return torch.tensor(keys, device=self.tokens.document.device)
+        return masks.to_device(torch.tensor(keys), self.tokens.document.device)
 
     def draws(self, site: Site, depth: int) -> Tensor:
         """The 32-bit draw of every document's span at this site, int64 (documents,)."""
@@ -128,7 +135,7 @@ class StackPass:
         found = []
         for sample, branch in zip(tokens.samples.tolist(), tokens.branches.tolist(), strict=True):
             found.append(ops.span_draw(_key(self, site, depth, branch).derive(), sample))
-        return torch.tensor(found, device=tokens.document.device)
+        return masks.to_device(torch.tensor(found), tokens.document.device)
 
 
 Pass = StackPass | PreparedPass
@@ -220,6 +227,8 @@ def planned_columns(step: StackPass, site: Site, drop: SiteDrop, depth: int, hea
 
 
 def _runs(tokens: Tokens) -> Documents:
+    if tokens.aligned and not tokens.packed and len(tokens.samples):
+        return ops.Documents.of_rows(tokens.sample_ids, tokens.lengths, tokens.document.shape[1])
     return ops.Documents.of_tokens(tokens.samples, tokens.document, tokens.position, tokens.real)
 
 
@@ -250,7 +259,7 @@ def _drawn(
         if device.type == "cpu":
             keep = torch.from_numpy(masks.element_bool(key, samples, rows, columns, drop.rate, heads=heads))
         else:
-            ids = torch.from_numpy(samples).to(device)
+            ids = masks.to_device(torch.from_numpy(samples), device)
             keep = ops.element_keep(key.derive(), ids, rows, columns, drop.threshold, heads)
         if step.recorder is not None and step.counts(site):
             _record(step, site, drop, depth, tokens, branch, keep)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import DataError, UnsupportedModelError
-from ..masks import MaskKey
+from ..masks import MaskKey, to_device
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _lay_all(plan: StepPlan, tokens: Tokens) -> Tensor | None:
     device = tokens.document.device
     drawn = torch.cat([plan.mask(entry.layer, entry.site).to_torch().flatten(0, 2) for entry in plan.entries])
     documents = len(plan.samples)
-    parts = drawn.to(device, non_blocking=True).split([documents * entry.heads for entry in plan.entries])
+    parts = to_device(drawn, device).split([documents * entry.heads for entry in plan.entries])
     # Every mask by itself: it is (documents, heads, columns).
     laid = [
         tokens.lay(part.view(documents, entry.heads, plan.columns)).transpose(0, 1)
@@ -205,7 +205,7 @@ def _keys(step: StackPass, slots: Slots, sites: list[Site]) -> tuple[Tensor, Ten
                 key = MaskKey(step.seed, step.step, branch, depth, site.site)
                 keys[slot, number], words[slot, number] = key.derive(), key.words
     device = step.tokens.document.device
-    return torch.from_numpy(keys).to(device), torch.from_numpy(words.view(np.int64))
+    return to_device(torch.from_numpy(keys), device), torch.from_numpy(words.view(np.int64))
 
 
 def _extent(rows: Tokens, columns: Tokens) -> Tensor:

@@ -20,7 +20,7 @@ from .interface import allowed_and_bias
 from .passes import MaskRecorder, Pass, StackPass, check_apart
 from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
-from .tokens import Tokens, from_packed, from_rows
+from .tokens import RowFacts, Tokens, from_packed, from_rows
 
 _DIRECT = (
     "a compiled model cannot lay out its masks by itself (got a direct call in training); "
@@ -87,6 +87,8 @@ class Session:
         self.handed: dict[int, Any] = {}
         """By stack, what those of a compiled model hand on in the next pass."""
         self._proven = self._apart = False
+        self._seen: list[tuple[Any, int, RowFacts]] = []
+        """Masks of the active step's calls, and what their rows are like."""
         self.attached = False
         self.undo: Callable[[], None] = _nothing
         """Takes everything away again; here, as the hooks keep a session alive, and nobody may keep the handle."""
@@ -105,6 +107,7 @@ class Session:
             yield
         finally:
             self.active = None
+            self._seen = []
             self.last_pass = None
 
     @contextmanager
@@ -307,7 +310,7 @@ class Session:
                 f"rows of an encoder-decoder cannot be packed (got sample ids of shape {active.samples.shape}); "
                 "give one sample id a row"
             )
-        return from_rows(active.samples, _real(inputs.get("encoder_attention_mask"), encoder), active.branches)
+        return from_rows(active.samples, self._facts(inputs.get("encoder_attention_mask"), encoder), active.branches)
 
     def _tokens(self, stack: Stack, active: ActiveStep, inputs: dict[str, Any]) -> Tokens:
         ids = inputs.get("input_ids")
@@ -330,7 +333,19 @@ class Session:
         samples = active.samples
         if self.choices:
             samples = np.repeat(samples, max(embeds.shape[0] // max(len(samples) * len(active.branches), 1), 1))
-        return from_rows(samples, _real(mask, embeds), active.branches)
+        return from_rows(samples, self._facts(mask, embeds), active.branches)
+
+    def _facts(self, mask: Any, tokens: Tensor) -> RowFacts:
+        """What the batch's rows are like. Both passes of a step are given one mask: it is looked at once."""
+        # A mask may be written to; those of inference mode do not tell, and are looked at every time.
+        version = mask._version if isinstance(mask, Tensor) and not mask.is_inference() else None
+        for seen, at, facts in self._seen:
+            if seen is mask and at == version and facts.real.shape == tokens.shape[:2]:
+                return facts
+        facts = RowFacts.of(_real(mask, tokens))
+        if version is not None:
+            self._seen.append((mask, version, facts))
+        return facts
 
     def _prove_reached(self, stack: Stack, reached: set[Site], alone: bool) -> None:
         """After the first pass: every site that should drop was called, or the model does not do what it seems to."""

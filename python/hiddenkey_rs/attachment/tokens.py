@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
+from ..masks import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +56,12 @@ class Tokens:
     @cached_property
     def sample_ids(self) -> Tensor:
         """``samples`` on the batch's device."""
-        return torch.from_numpy(self.samples).to(self.document.device)
+        return to_device(torch.from_numpy(self.samples), self.document.device)
 
     @cached_property
     def real_lengths(self) -> Tensor:
         """``lengths`` on the batch's device."""
-        return torch.from_numpy(self.lengths).to(self.document.device)
+        return to_device(torch.from_numpy(self.lengths), self.document.device)
 
     def lay(self, drawn: Tensor) -> Tensor:
         """One flag a position of each document, bool (documents, heads, columns), over the batch: (batch, heads, length).
@@ -89,26 +90,44 @@ class Tokens:
         return len(self.samples) != self.document.shape[0]
 
 
-def from_rows(samples: np.ndarray, real: Tensor, branches: tuple[int, ...]) -> Tokens:
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """What rows of one document each are like, and what of it a host must know: an accelerator is asked for that once."""
+
+    real: Tensor
+    position: Tensor
+    lengths: np.ndarray
+    aligned: bool
+
+    @staticmethod
+    def of(real: Tensor) -> RowFacts:
+        """``real``: bool (B, L), False at padding."""
+        counts = real.sum(dim=1)
+        columns = torch.arange(real.shape[1], device=real.device)
+        left = (real == (columns < counts[:, None])).all()
+        *lengths, aligned = torch.cat((counts, left[None])).tolist()
+        position = (torch.cumsum(real, dim=1) - 1).clamp_(min=0).masked_fill_(~real, 0)
+        return RowFacts(real, position, np.array(lengths, dtype=np.int64), bool(aligned))
+
+
+def from_rows(samples: np.ndarray, real: Tensor | RowFacts, branches: tuple[int, ...]) -> Tokens:
     """One document a row. ``samples`` (B,), ``real`` (B * len(branches), L): the rows repeat once a branch."""
+    facts = real if isinstance(real, RowFacts) else RowFacts.of(real)
+    real = facts.real
     rows = real.shape[0]
     if rows != len(samples) * len(branches):
         raise DataError(
             f"the batch has another number of rows than there are sample ids (got {rows} rows, {len(samples)} sample "
             f"ids, {len(branches)} branch(es)); give handle.step one sample id for every row"
         )
-    position = (torch.cumsum(real, dim=1) - 1).clamp_(min=0).masked_fill_(~real, 0)
-    lengths = real.sum(dim=1).cpu().numpy()
-    columns = torch.arange(real.shape[1], device=real.device)
-    aligned = bool((real == (columns < real.sum(dim=1, keepdim=True))).all())
     return Tokens(
         samples=np.tile(samples, len(branches)),
         branches=np.repeat(np.asarray(branches, dtype=np.int64), len(samples)),
-        lengths=lengths.astype(np.int64),
+        lengths=facts.lengths,
         document=torch.arange(rows, device=real.device)[:, None].expand_as(real),
-        position=position,
+        position=facts.position,
         real=real,
-        aligned=aligned,
+        aligned=facts.aligned,
     )
 
 
@@ -137,9 +156,9 @@ def from_packed(
         samples=np.tile(identifiers, copies),
         branches=np.repeat(np.asarray(branches, dtype=np.int64), len(identifiers)),
         lengths=np.tile(lengths, copies),
-        document=torch.from_numpy(np.tile(document, (copies, 1)) + shift).to(device),
-        position=torch.from_numpy(np.tile(offsets, (copies, 1))).to(device),
-        real=torch.from_numpy(np.tile(real, (copies, 1))).to(device),
+        document=to_device(torch.from_numpy(np.tile(document, (copies, 1)) + shift), device),
+        position=to_device(torch.from_numpy(np.tile(offsets, (copies, 1))), device),
+        real=to_device(torch.from_numpy(np.tile(real, (copies, 1))), device),
         aligned=False,
     )
 

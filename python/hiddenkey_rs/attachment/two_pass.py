@@ -108,15 +108,24 @@ def _on_tokens(
     handle: Handle, head: Head, model: nn.Module, part: Consistency | None, batch: dict[str, Any], num_items: Any
 ) -> LossOutput:
     """Both terms from what the vocabulary head received: logits exist for a few loss-bearing tokens at a time."""
+    shift = shifts_labels(handle)
+    places = losses.labelled_places(batch["labels"], shift=shift)  # before the passes: nobody is to wait for them later
 
     def rows(batch: dict[str, Any], outputs: Any, received: Any) -> tuple[Tensor, Tensor]:
-        return losses.labelled_rows(received, batch["labels"], shift=shifts_labels(handle))
+        labels = batch["labels"]
+        copies = len(labels) // max(len(own), 1)
+        where = places if copies == 1 else torch.cat([places + n * own.numel() for n in range(copies)])
+        return losses.rows_at(where, received, labels, shift=shift)
 
+    own = batch["labels"]
     passes = _passes(handle, model, part, batch, rows)
     (first, labels), (second, _) = passes.first, passes.second or (None, None)
     both = part is not None and part.gradient == "both"
     # Where no token carries loss both terms are 0, and not 0 / 0.
-    scale = 1 / torch.as_tensor(len(labels) if num_items is None else num_items, device=first.device).clamp(min=1)
+    items = len(labels) if num_items is None else num_items
+    # Written on the device, where it is a number: a copy would make the host wait.
+    count = items.to(first.device) if isinstance(items, Tensor) else torch.full((), items, device=first.device)
+    scale = 1 / count.clamp(min=1)
     weight = 0.0 if part is None else part.weight
     task_scale = scale / 2 if both else scale
     kind = None if part is None else part.kind

@@ -10,6 +10,7 @@ import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,7 +194,6 @@ def _entrant(name: str, work: Work, rate: float, expected: dict[float, Result]) 
 
     def call() -> None:
         path(work, rate, next(steps))
-        devices.wait(work.device)
 
     def check() -> bool:
         if name == DROPOUT:
@@ -204,7 +204,8 @@ def _entrant(name: str, work: Work, rate: float, expected: dict[float, Result]) 
             expected[rate] = work.reference(rate, 0)
         return _agree(path(work, rate, 0), expected[rate], work) and _dropped_are_gone(path, work, rate)
 
-    return Entrant(name, call, check)
+    after = None if work.device == "cpu" else partial(devices.wait, work.device)
+    return Entrant(name, call, check, after=after)
 
 
 def _agree(found: Result, expected: Result, work: Work) -> bool:

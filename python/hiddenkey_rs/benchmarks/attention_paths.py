@@ -64,11 +64,11 @@ class Work:
 
     def __init__(self, layout: Layout, batch: int, length: int, dtype: torch.dtype, device: str) -> None:
         self.layout, self.batch, self.length, self.device = layout, batch, length, device
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(device).manual_seed(1)
 
         def heads(count: int) -> Tensor:
-            made = torch.randn(batch, length, count, layout.features, generator=generator).to(device, dtype)
-            return made.transpose(1, 2)
+            made = torch.randn(batch, length, count, layout.features, generator=generator, device=device)
+            return made.to(dtype).transpose(1, 2)
 
         self.query = heads(layout.heads).requires_grad_()
         self.key, self.value = (heads(layout.groups).requires_grad_() for _ in range(2))
@@ -234,7 +234,8 @@ def _triton(work: Work, rate: float, step: int, gather: bool) -> Result:
     drawn: dict[str, Any] = {}
     if layout.pattern == "element":
         site = MaskKey(seed=SEED, step=step, site="attention").derive()
-        drawn = {"keys": torch.tensor([site], device=work.device), "threshold": threshold(rate), "heads": "query"}
+        keys = masks.to_device(torch.tensor([site]), torch.device(work.device))
+        drawn = {"keys": keys, "threshold": threshold(rate), "heads": "query"}
     else:
         drawn = {"keep": work.keep(rate, step)}
     output, _ = triton_attention.attention(

@@ -25,6 +25,7 @@ SAMPLES = 7
 SLOW, SLOW_SAMPLES = 0.1, 3
 """A call of more seconds than this is sampled fewer times, unless a goal or a first comparison hangs on it."""
 _SAMPLE_SECONDS = 0.5e-3  # a shorter call is repeated within a sample: the clock itself costs some 50 ns
+_DEVICE_SECONDS = 10e-3  # of a sample that ends by waiting
 _TURN_SECONDS, _TURN_SAMPLES = 0.02, 5  # fast calls are sampled several times a turn
 _MOST_ROUNDS = 25
 
@@ -38,12 +39,15 @@ class Entrant:
         call: takes nothing; its result is dropped.
         check: runs before timing; whether what ``call`` makes is right. Of a peer: whether it does the same work.
         before: runs before every sample, not timed.
+        after: ends every sample, timed: waits for a device that works behind the calls. A sample is then of many of them, so
+            that the host's own time hides where the device is what is waited for, as it does in training.
     """
 
     name: str
     call: Callable[[], object]
     check: Callable[[], bool]
     before: Callable[[], object] | None = None
+    after: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,20 @@ class Row:
             "commit": self.about.get("commit"),
         }
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any], first: bool = True) -> Row:
+        """The row of :meth:`to_dict`; ``first`` is not in there, and a goal has four digits.
+
+        Example:
+            >>> row = Row("b", "c", {}, 1, "ms", {"median": 1.0}, {"name": "p", "median": 2.0}, Goal("speedup", 1.5))
+            >>> Row.from_dict(row.to_dict()).met
+            True
+        """
+        goal = values["goal"] and Goal(values["goal"].split()[0], float(values["goal"].split()[-1]))
+        about = {name: values[name] for name in ("device", "simd", "versions", "cpu", "commit")}
+        same = {name: values[name] for name in ("bench", "case", "sizes", "threads", "unit", "ours", "peer", "checked")}
+        return Row(**same, goal=goal or None, first=first, about=about)
+
     def cells(self) -> dict[str, str]:
         """The row in a table's columns."""
         met = {None: "", True: "yes", False: "NO"}[self.met] if self.checked else "UNCHECKED"
@@ -221,7 +239,8 @@ def measure(entrants: Sequence[Entrant], needed: set[str], budget: float) -> dic
     repeats, least, quick = {}, {}, set()
     for entrant in entrants:
         seconds = _warm(entrant)
-        repeats[entrant.name] = max(1, math.ceil(_SAMPLE_SECONDS / max(seconds, 1e-8)))
+        least_seconds = _SAMPLE_SECONDS if entrant.after is None else _DEVICE_SECONDS
+        repeats[entrant.name] = max(1, math.ceil(least_seconds / max(seconds, 1e-8)))
         quick |= {entrant.name} if seconds < _TURN_SECONDS else set()
         least[entrant.name] = SLOW_SAMPLES if seconds > SLOW and entrant.name not in needed else SAMPLES
     samples: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
@@ -295,6 +314,8 @@ def _turn(entrant: Entrant, repeats: int) -> list[float]:
         start = time.perf_counter()
         for _ in counts:
             call()
+        if entrant.after is not None:
+            entrant.after()
         stop = time.perf_counter()
         found.append((stop - start) / repeats)
         if stop - begun > _TURN_SECONDS:
@@ -311,6 +332,8 @@ def _warm(entrant: Entrant) -> float:
     for _ in range(50):
         start = time.perf_counter()
         entrant.call()
+        if entrant.after is not None:
+            entrant.after()
         stop = time.perf_counter()
         best = min(best, stop - start)
         if stop - begun > _TURN_SECONDS:

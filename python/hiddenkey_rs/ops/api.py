@@ -92,7 +92,7 @@ def dropped_attention(
         impl=impl,
     )
     total = (
-        count_pairs(allowed, shape) if allowed is not None else query.new_tensor(math.prod(shape), dtype=torch.int64)
+        count_pairs(allowed, shape) if allowed is not None else query.new_full((), math.prod(shape), dtype=torch.int64)
     )
     return output, total - count_pairs(kept, shape), total
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..masks import to_device
 
 _TILE = 128
 _MOST = 1 << 20
@@ -26,6 +27,7 @@ class Documents:
     in the example (0, unless a document was split). Without a token: counts of 0.
     ``queries``, ``keys``: the most a document has. ``positions``: one more than the highest key position.
     ``shifted``: whether some document's first key stands inside a tile of 128 positions.
+    ``full``: whether every token is one of a document's, so that kernels write all there is of their results.
     ``cross``: cross-attention, where a query that lost all its keys keeps all of them instead of its own.
     """
 
@@ -35,6 +37,7 @@ class Documents:
     positions: int
     shifted: bool = False
     cross: bool = False
+    full: bool = False
 
     @staticmethod
     def of_tokens(samples: Any, document: Tensor, position: Tensor, real: Tensor) -> Documents:
@@ -70,8 +73,8 @@ class Documents:
         last = flat[high].masked_fill(count == 0, -1)
         fits = (high - low + 1 == count) & (low // length == high // length) & (last - first + 1 == count)
         good = (fits | (count == 0)).all() & (first >= 0).all()
-        facts = torch.stack((good.long(), count.max(), (first + count).max(), (first % _TILE).max()))
-        correct, most, positions, inside = facts.tolist()
+        facts = torch.stack((good.long(), count.max(), (first + count).max(), (first % _TILE).max(), count.sum()))
+        correct, most, positions, inside, every = facts.tolist()
         if not correct:
             raise ConfigError(
                 "a document's tokens must stand side by side in one row, with positions that count on (got a batch with "
@@ -81,7 +84,25 @@ class Documents:
             raise ConfigError(f"positions must lie below 2**20 (got {positions - 1}); split the document")
         start = (low % length).masked_fill(count == 0, 0)
         table = torch.stack((low // length, start, count, start, count, samples, first, first), dim=1)
-        return Documents(table, most, most, positions, shifted=inside > 0)
+        return Documents(table, most, most, positions, shifted=inside > 0, full=every == real.numel())
+
+    @staticmethod
+    def of_rows(samples: Tensor, lengths: Any, length: int) -> Documents:
+        """Self-attention over one document a row, each from the row's start on: what the host knows, and no device is asked.
+
+        Args:
+            samples: (B,) int64, on the batch's device. lengths: (B,) integers on the host. length: of the rows.
+
+        Example:
+            >>> Documents.of_rows(torch.tensor([7, 9]), [2, 3], 3).table.tolist()
+            [[0, 0, 2, 0, 2, 7, 0, 0], [1, 0, 3, 0, 3, 9, 0, 0]]
+        """
+        count = torch.as_tensor(lengths, dtype=torch.int64)
+        row, zero = torch.arange(len(count)), torch.zeros_like(count)
+        most = int(count.max()) if len(count) else 0
+        left = to_device(torch.stack((row, zero, count, zero, count), dim=1), samples.device)
+        table = torch.cat((left, samples[:, None], torch.zeros_like(left[:, :2])), dim=1)
+        return Documents(table, most, most, most, full=int(count.sum()) == len(count) * length)
 
     @staticmethod
     def across(queries: Documents, keys: Documents) -> Documents:
@@ -104,4 +125,5 @@ class Documents:
                 "row on both sides"
             )
         table = torch.cat((ours[:, :3], theirs[:, 1:3], ours[:, 5:7], theirs[:, 6:7]), dim=1)
-        return Documents(table, queries.queries, keys.keys, keys.positions, shifted=keys.shifted, cross=True)
+        full = queries.full and keys.full
+        return Documents(table, queries.queries, keys.keys, keys.positions, keys.shifted, cross=True, full=full)

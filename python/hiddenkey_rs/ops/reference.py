@@ -33,6 +33,7 @@ def kept_set(allowed: Tensor | None, keep: Tensor, *, rescue: str, queries: int,
         keep: bool (B, H, 1 or Q, K), the drawn mask.
         rescue: what a row whose allowed keys were all dropped keeps: ``"own"``, the key of its own position if that is
             allowed (self-attention), or ``"all"`` allowed keys (cross-attention, and ``"own"`` where it is forbidden).
+            ``"none"``: the caller knows that no row lost everything.
         queries, keys: Q and K.
 
     Returns:
@@ -47,6 +48,8 @@ def kept_set(allowed: Tensor | None, keep: Tensor, *, rescue: str, queries: int,
     if allowed is None:
         allowed = keep.new_ones(1, 1, 1, keys)
     kept = allowed & keep
+    if rescue == "none":
+        return kept
     lost = ~kept.any(dim=-1, keepdim=True)
     # Rows that differ only by their rescue stay one row where none needs it: Q times less to read. On an accelerator
     # the question itself would make the host wait, and in a compiled graph nobody can be asked.

@@ -137,6 +137,7 @@ def attention(
         window or 0,
         documents.cross,
         gather,
+        documents.full,
         count,
     )
     return outputs[0], outputs[4]
@@ -229,10 +230,11 @@ def attention_forward(
     window: int,
     cross: bool,
     gather: bool,
+    full: bool,
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Behind :func:`attention`, which checks: (out, log-sums over kept and over allowed keys, rescued rows, kept pairs)."""
-    outputs = _outputs(query, value, keys is not None or keep is not None, dropattention)
+    outputs = _outputs(query, value, keys is not None or keep is not None, dropattention, full)
     out, log_kept, log_allowed, lost, counts = outputs
     lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
     launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads, lists=lists)
@@ -272,15 +274,19 @@ def attention_backward(
     window: int,
     cross: bool,
     gather: bool,
+    full: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    grad_query = _heads_inside(query, query.shape[-1])
+    grad_query = _heads_inside(query, query.shape[-1], full=full)
     lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
     # A list is one query head's or one key/value head's. The former's gradients of keys are added up afterwards.
     apart = lists is not None and mask_heads != key.shape[1]
+    heads, dtype = (mask_heads, torch.float32) if apart else (None, None)
     grad_key, grad_value = (
-        _heads_inside(rows, rows.shape[-1], *((mask_heads, torch.float32) if apart else ())) for rows in (key, value)
+        # Keys that are in no list are not visited: their gradients stay the zeros that they are made as.
+        _heads_inside(rows, rows.shape[-1], heads, dtype, full and lists is None)
+        for rows in (key, value)
     )
     deltas = torch.empty_like(log_kept)
     flags = {"DROPATTENTION": dropattention, "CAUSAL": causal, "WINDOW": window > 0, "OWN": not cross}
@@ -309,24 +315,32 @@ def attention_backward(
 
 
 def _outputs(
-    query: Tensor, value: Tensor, masked: bool, dropattention: bool
+    query: Tensor, value: Tensor, masked: bool, dropattention: bool, full: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what :func:`attention_forward` returns, as it is where no document stands."""
+    """Memory for what :func:`attention_forward` returns, as it is where no document stands; ``full``: they stand everywhere."""
     rows = query.shape[:3]
     some: Any = rows if dropattention else (0,)
+
+    def logs(shape: Any) -> Tensor:
+        empty = query.new_empty(shape, dtype=torch.float32)
+        return empty if full else empty.fill_(torch.inf)
+
     return (
-        _heads_inside(query, value.shape[-1]),
-        query.new_full(rows, torch.inf, dtype=torch.float32),
-        query.new_full(some, torch.inf, dtype=torch.float32),
-        query.new_zeros(rows if masked else (0,), dtype=torch.int8),
+        _heads_inside(query, value.shape[-1], full=full),
+        logs(rows),
+        logs(some),
+        query.new_zeros(rows if masked else (0,), dtype=torch.int8),  # not every kernel writes all of it
         query.new_zeros((), dtype=torch.int64),
     )
 
 
-def _heads_inside(rows: Tensor, size: int, heads: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros (B, H, L, size) that lie (B, L, H, size) in memory, as models want them. Padding stays zero."""
+def _heads_inside(
+    rows: Tensor, size: int, heads: int | None = None, dtype: torch.dtype | None = None, full: bool = False
+) -> Tensor:
+    """Zeros (B, H, L, size) that lie (B, L, H, size) in memory, as models want them; ``full``: a kernel writes it all."""
     batch, own, length, _ = rows.shape
-    return rows.new_zeros((batch, length, heads or own, size), dtype=dtype).transpose(1, 2)
+    made = rows.new_empty if full else rows.new_zeros
+    return made((batch, length, heads or own, size), dtype=dtype).transpose(1, 2)
 
 
 def _added_up(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -340,7 +354,7 @@ def _added_up(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
 def _(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, keys: Tensor | None, keep: Tensor | None, *rest: Any
 ) -> Any:
-    return _outputs(query, value, keys is not None or keep is not None, rest[6])
+    return _outputs(query, value, keys is not None or keep is not None, rest[6], False)
 
 
 @attention_backward.register_fake
@@ -357,7 +371,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 15
+    return *attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 16
 
 
 attention_forward.register_autograd(_gradient, setup_context=_save)
