@@ -185,7 +185,9 @@ class _Pieces:
             torch.empty_like(state, dtype=kind) if state is not None and want else None
             for state, want in zip(states, wanted, strict=False)
         ]
-        trained: list[Tensor | None] = [None] * len(parameters)  # and so it stays for one that the head does not use
+        # Of a parameter that the head does not use there is no gradient; where no token carries loss, one of zeros: ranks
+        # wait for each other's.
+        trained: list[Tensor | None] = [None if len(first) else torch.zeros_like(p, dtype=kind) for p in parameters]
         for start in range(0, len(first), rows):
             piece = slice(start, start + rows)
             leaves = [
@@ -212,7 +214,7 @@ class _Pieces:
                 before = trained[number]
                 if part is not None:
                     trained[number] = part.to(kind or part.dtype) if before is None else before.add_(part)
-        return totals, [*gradients, *trained]
+        return totals, [*gradients, *(trained if any(wanted[2:]) else [None] * len(parameters))]
 
     def vocabulary(self, hidden: Tensor) -> int:
         """How many logits the head makes."""

@@ -9,6 +9,9 @@ from torch import nn
 
 from ..errors import StateError
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where what torch.compile and torch's checkpoint wrapper make of a module holds it. (An adapter's layer computes more.)"""
+
 
 class _Edge(NamedTuple):
     """A module that another one holds under a name."""
@@ -36,7 +39,7 @@ class Wiring:
         self._first = [(edge.name, edge.held, edge.path) for edge in edges.values() if edge.owner is model]
 
     def check(self, model: nn.Module) -> None:
-        """A :class:`StateError` if one of the modules was replaced. A compiled one in its place holds it."""
+        """A :class:`StateError` if one of the modules was replaced. One that was compiled, or checkpoints, holds it."""
         for owner, name, held, path in self._edges:
             _check(owner, name, held, path)
         for name, held, path in self._first:
@@ -45,7 +48,7 @@ class Wiring:
 
 def _check(owner: nn.Module, name: str, held: nn.Module, path: str) -> None:
     found = owner._modules.get(name)
-    if found is not held and (found is None or found._modules.get("_orig_mod") is not held):
+    if found is not held and (found is None or not any(found._modules.get(inner) is held for inner in _WRAPPED)):
         raise StateError(
             f"a module was replaced after attaching, and what took its place drops nothing (got {type(found).__name__} at "
             f"{path!r}); call detach() on the handle, change the model, and attach again"
