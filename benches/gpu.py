@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,6 +162,7 @@ class Worker:
     every: int
     process: Any = None
     at: int | None = None
+    parts: int = 0
     said: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     """Its lines, and ``None`` behind the last one."""
 
@@ -172,7 +174,7 @@ class Run:
     out: Path
     dry: bool
     rows: list[Any] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
 
     def everything(self) -> int:
@@ -194,22 +196,28 @@ class Run:
         sys.stdout.write(self._write())
         if self.failed or not self.rows or not all(row.checked for row in self.rows):
             return 1
-        return 3 if self.left else 0
+        return 3 if self.left.total() else 0
 
     def _section(self, section: str) -> None:
         many = max(1, min(CHECKERS, len(os.sched_getaffinity(0)) - 1)) if section == "kernels" and not self.dry else 1
         workers = [Worker(start, many) for start in range(many)]
-        for worker in workers:
-            self._begin(section, worker)
-        while workers:
-            for worker in list(workers):
-                if not self._goes_on(section, worker):
-                    workers.remove(worker)
+        try:
+            for worker in workers:
+                self._begin(section, worker)
+            while workers:
+                for worker in list(workers):
+                    if not self._goes_on(section, worker):
+                        workers.remove(worker)
+        finally:
+            for worker in workers:  # none, unless something broke here
+                worker.process.kill()
 
     def _begin(self, section: str, worker: Worker) -> None:
         until = str(self.clock + SECONDS[section])
         command = [sys.executable, __file__, "--part", section, str(worker.start), str(worker.every), until]
-        worker.process = subprocess.Popen(command + ["--dry-run"] * self.dry, stdout=subprocess.PIPE, text=True)
+        worker.process = subprocess.Popen(
+            command + ["--dry-run"] * self.dry, stdout=subprocess.PIPE, text=True, errors="replace"
+        )
         worker.at = None
         threading.Thread(target=_listen, args=(worker.process.stdout, worker.said), daemon=True).start()
 
@@ -221,11 +229,11 @@ class Run:
             return self._in_time(section, worker)
         if line is not None:
             said = json.loads(line)
-            worker.at = said.get("part", worker.at)
+            worker.at, worker.parts = said.get("part", worker.at), said.get("parts", worker.parts)
             if "row" in said:
                 self._keep(self._row(said))
             if "left" in said:
-                self.left.append(f"{said['left']} part(s) of {section}")
+                self.left[section] += said["left"]
             if "failed" in said:
                 self.failed.append(said["failed"])
             return True
@@ -237,8 +245,13 @@ class Run:
         if worker.at is None:  # it did not even begin, and another one would not
             return False
         worker.start = worker.at + worker.every
-        self._begin(section, worker)
-        return True
+        rest = len(range(worker.start, worker.parts, worker.every))
+        if time.time() > self.clock + SECONDS[section]:
+            self.left[section] += rest
+        elif rest:
+            self._begin(section, worker)
+            return True
+        return False
 
     def _in_time(self, section: str, worker: Worker) -> bool:
         """Whether a worker that says nothing may go on; it is ended otherwise."""
@@ -246,7 +259,9 @@ class Run:
             return True
         worker.process.kill()
         worker.process.wait()
-        self.left.append(f"the rest of {section}, ended while it ran")
+        self.left[section] += (
+            len(range(worker.start if worker.at is None else worker.at, worker.parts, worker.every)) or 1
+        )
         return False
 
     def _row(self, said: dict[str, Any]) -> Any:
@@ -260,15 +275,16 @@ class Run:
         self.file.flush()
 
     def _write(self) -> str:
-        text = summary(self.rows, self.place, self.left, self.failed, time.monotonic() - self.begun)
+        left = [f"{count} part(s) of {section}" for section, count in self.left.items() if count]
+        text = summary(self.rows, self.place, left, self.failed, time.monotonic() - self.begun)
         self.text.write_text(text, encoding="utf-8")
         return text
 
 
 def _listen(stream: Any, said: queue.SimpleQueue[str | None]) -> None:
     for line in stream:
-        if line.startswith("{"):  # libraries may write there, too
-            said.put(line)
+        if "{" in line:  # libraries may write there, too, and leave their line open
+            said.put(line[line.index("{") :])
     said.put(None)
 
 

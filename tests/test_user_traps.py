@@ -376,3 +376,68 @@ def test_groups_of_shared_layers_are_reported_by_what_ran() -> None:
         handle.loss(input_ids=tokens(), labels=torch.tensor([0, 1]))
     assert all(row.measured is not None for row in handle.report().rows)
     assert {row.layer for row in handle.report().rows} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_a_mask_of_one_row_rescues_as_a_mask_of_tokens_does(form: str) -> None:
+    """The plan knows of documents' lengths, and a (B, 1, 1, K) mask may forbid more than they say."""
+    model = bert()
+    told = torch.zeros(8, 16, dtype=torch.long)
+    told[:, :2] = 1
+    row = told[:, None, None].bool()
+    row = row if form == "bool" else torch.zeros(row.shape).masked_fill(~row, float("-inf"))
+    handle = hk.attach(model, hk.HiddenKeyConfig.preset("dropkey-column", rate=0.5))
+    seen = []
+    for mask in (told, row):
+        handle.reset_counts()
+        with handle.step(0, range(8)):
+            hidden = model.bert(input_ids=tokens(8, 16), attention_mask=mask).last_hidden_state
+        seen.append((hidden[:, :2], handle.realised()["attention"]))
+    assert seen[0][1] == pytest.approx(seen[1][1], abs=0.25)
+    assert not (seen[1][0].abs().sum(-1) == 0).any()
+    plan = hk.plan_step(handle.config, 0, range(8), [16] * 8, layers=2, heads=4)
+    lost = [not plan.mask(0, "attention").to_bool()[n, h, 0, :2].any() for n in range(8) for h in range(4)]
+    assert any(lost), "the case that this is about"
+    assert seen[1][1] < 0.4, "rows that lost both keys keep their own"
+
+
+def test_masks_of_pairs_are_bool_or_numbers() -> None:
+    handle = hk.attach(llama(), "dropkey-column")
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.long).tril()
+    with handle.step(0, IDS), pytest.raises(hk.DataError, match=r"bool .* \(got torch.int64\); give mask.bool\(\)"):
+        handle.model(input_ids=tokens(), attention_mask=mask)
+
+
+def test_wrappers_that_checkpoint_and_offload_hold_the_layer() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+
+    model = llama()
+    handle = hk.attach(model, "hiddencut-element")
+    model.model.layers[0] = offload_wrapper(checkpoint_wrapper(model.model.layers[0]))
+    with handle.step(0, IDS):
+        pass
+
+
+def test_a_trainer_that_is_refused_takes_nothing_away(tmp_path: Any) -> None:
+    model = bert()
+    data = [{"input_ids": [5, n + 6, 7], "labels": n % 2} for n in range(8)]
+    arguments = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    options = {"args": arguments, "train_dataset": data, "stock_dropout": "off"}
+    first = hk.HiddenKeyTrainer(model=model, config="hiddencut-element", **options)
+    with pytest.raises(hk.ConfigError):
+        hk.HiddenKeyTrainer(model=model, config=hk.HiddenKeyConfig(layers=[99]), **options)
+    first.train()
+    assert first.handle.counted() == {} or first.handle.session.attached
+    hk.HiddenKeyTrainer(model=model, config="dropkey-column", **options)  # and it may still be taken over
+    with pytest.raises(hk.UnsupportedModelError, match="only transformers models"):
+        hk.HiddenKeyTrainer(model={}, config="dropkey-column", **options)
+
+
+def test_a_head_that_drops_nothing_may_be_changed() -> None:
+    model = bert(num_labels=3)
+    handle = hk.attach(model, "dropkey-column")
+    model.classifier = torch.nn.Linear(32, 3)
+    with handle.step(0, IDS):
+        handle.loss(input_ids=tokens(), labels=torch.tensor([0, 2]))
+    hk.detach(torch.nn.DataParallel(model))
+    assert not handle.session.attached

@@ -102,6 +102,11 @@ def labelled_places(labels: Tensor, *, shift: bool) -> Tensor:
 
 def rows_at(places: Tensor, states: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     """States (B, L, D) at :func:`labelled_places`, (N, D), and the labels that they predict, (N,)."""
+    if states.shape[:2] != labels.shape:
+        raise DataError(
+            f"there must be one label a token (got labels {tuple(labels.shape)} for {tuple(states.shape[:2])} tokens); pad both "
+            "alike"
+        )
     return states.flatten(0, 1).index_select(0, places), labels.flatten().index_select(0, places + int(shift))
 
 

@@ -21,9 +21,10 @@ impl Mode {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn adopt(self) {
         let word = self.0 as u32;
-        // SAFETY: the word was read from this register, so no reserved bit of it is set.
+        // SAFETY: the word was read from this register, so no reserved bit of it is set; it is the mode that the caller's
+        // code ran under already.
         unsafe {
-            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const word, options(nostack, preserves_flags, readonly));
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const word, options(nostack, readonly));
         }
     }
 

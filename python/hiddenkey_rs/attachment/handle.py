@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..config import HiddenKeyConfig
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, StateError, shown
 from ..serialise import choice
 from . import compared, hooks, report, two_pass
 from .checks import base_model, check_model, check_plan, check_wrapper
@@ -91,9 +91,12 @@ def detach(model: nn.Module) -> None:
 
 
 def attached_session(model: Any) -> Session | None:
-    """The session of what is attached to a model, or to the one inside its peft wrapper."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = _ATTACHED.get(base)
+    """The session of what is attached to a model, or to the one inside its wrappers (peft's, torch.compile's, DDP's)."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        inner = inner.module
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    found = _ATTACHED.get(base) if isinstance(base, nn.Module) else None
     return None if found is None else found()
 
 
@@ -170,12 +173,21 @@ class Handle:
         )
         self.sharing, self.head = Sharing(self), head_of(self)
         removers = hooks.install(self.session, self.stacks, self.output, self.head)
-        dropping = [site for site in self.sites if site.drops or site is self.output]
+        compares = compared.compares_features(self)
+        dropping = [site for site in self.sites if site.drops or (compares and site is self.output)]
         head = [] if self.head is None else [name for name, m in self.base.named_modules() if m is self.head.module]
         self._wiring = Wiring(self.base, [*(site.name for site in dropping), *head])
         self.session.undo = partial(_undo, self.session, removers, self.sharing, self.stock, ref(self.base))
-        self.session.attached = True
+        self.session.attached, self.session.handle = True, ref(self)
         _ATTACHED[self.base] = ref(self.session)
+
+    def put_back(self) -> None:
+        """Attach again what was taken away: for who took it away too early."""
+        if self.stock.off:
+            self.stock = StockDropout(self.base, "off")
+        of_trainer = self.session.of_trainer
+        self._install(implementations(self.base))
+        self.session.of_trainer = of_trainer
 
     def detach(self) -> None:
         """Take everything away again; the model is the object that it was before, bit for bit. Harmless twice.
@@ -222,7 +234,7 @@ class Handle:
         self._require_attached()
         self._wiring.check(self.base)
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 0 <= step < 1 << 32:
-            raise ConfigError(f"step must be an integer in [0, 2**32) (got {step!r}); pass the optimiser step")
+            raise ConfigError(f"step must be an integer in [0, 2**32) (got {shown(step)}); pass the optimiser step")
         samples = check_sample_ids(sample_ids)
         with self.session.step(ActiveStep(int(step), samples, check_positions(positions, samples))):
             yield self
@@ -230,7 +242,8 @@ class Handle:
     def loss(self, **batch: Any) -> Tensor:
         """Task loss plus consistency term of a batch (labels included), a scalar that backward() may follow.
 
-        Runs the passes that the config's consistency asks for. The parts stand in :attr:`last`.
+        Runs the passes that the config's consistency asks for. The parts stand in :attr:`last`. Under ``torch.no_grad()`` it is
+        the loss of training all the same, with dropout; a direct call of the model is the stock model's there.
 
         Raises:
             DataError: no labels, or rows that are not those of the step.
@@ -305,7 +318,9 @@ class Handle:
 
     def _require_attached(self) -> None:
         if not self.session.attached:
-            raise StateError("this handle is detached (got a call after detach()); attach again")
+            raise StateError(
+                "this handle is detached (got a call after detach(), or another Trainer took the model); attach again"
+            )
 
     def _check_consistency(self) -> None:
         part = self.config.consistency

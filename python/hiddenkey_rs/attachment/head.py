@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .handle import Handle
 
 _CHANGES_LOSS = ("num_items_in_batch", "logits_to_keep")
+"""Arguments of a model under which its loss is another one."""
 
 LEAST_ROWS = 64
 """Tokens of a piece, at least: fewer would not keep a head busy."""
@@ -90,13 +91,12 @@ def _plain_loss(model: nn.Module, base: nn.Module) -> bool:
     return maker.__module__.startswith("transformers.") and not hasattr(base, "_loss_function") and not adds
 
 
-def makes_loss(handle: Handle, batch: dict[str, Any]) -> bool:
-    """Whether this batch's loss is the mean cross-entropy over tokens, which is made of what the head received.
-
-    A router's balancing loss is made inside the model, from the labels' presence; some arguments change the loss.
-    """
+def head_for(handle: Handle, batch: dict[str, Any]) -> Head | None:
+    """:attr:`Handle.head`, if this batch's loss is made of what it received: some arguments and settings change the loss."""
+    # A router's balancing loss is made inside the model, from the labels' presence.
     routed = batch.get("output_router_logits", getattr(handle.base.config, "output_router_logits", False))
-    return handle.head is not None and not routed and not any(batch.get(name) is not None for name in _CHANGES_LOSS)
+    changed = routed or any(batch.get(name) is not None for name in _CHANGES_LOSS)
+    return None if changed else handle.head
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
-from ..errors import StateError, UnsupportedModelError
+from ..errors import DataError, StateError, UnsupportedModelError
 from .kernels import attend
 from .passes import Pass, StackPass, attention_keep, check_apart
 from .prepared import PreparedPass
@@ -39,7 +39,7 @@ FORBIDDEN = -5e3
 """What an additive mask says at most of a pair that it forbids: older models write -1e4, in bfloat16 -9984."""
 
 IMPLEMENTATIONS: WeakValueDictionary[int, Implementation] = WeakValueDictionary()
-"""``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the handle."""
+"""``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the hooks."""
 
 
 def register() -> None:
@@ -173,6 +173,10 @@ def allowed_and_bias(attention_mask: Tensor | None, bias: Tensor | None) -> tupl
     """Split a mask into the boolean set of allowed pairs and the finite numbers to add to their logits."""
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return attention_mask, bias
+    if not attention_mask.is_floating_point():
+        raise DataError(
+            f"a mask of pairs is bool (True = may attend) or added to logits (got {attention_mask.dtype}); give mask.bool()"
+        )
     # A user's own 4-D additive mask: what no softmax gives any weight is forbidden, anything else is a bias. A pair that is
     # forbidden by -1e4 must stay so where all others of its row are dropped.
     allowed = attention_mask > FORBIDDEN

@@ -108,10 +108,11 @@ class StackPass:
 
     def keeps_some(self, site: Site, drop: SiteDrop, depth: int) -> bool:
         """Whether a planned mask leaves every document at least one key, for every head."""
-        if drop.pattern == "element":
+        tokens = self.column_tokens(site)
+        if drop.pattern == "element" or not tokens.told:
             return False
         kept = self.plans[site.kind == "cross-attention"].kept(depth, site.site)
-        return bool(kept[self.column_tokens(site).lengths > 0].all())
+        return bool(kept[tokens.lengths > 0].all())
 
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask over the batch, bool (B, heads, L); False at padding."""

@@ -37,7 +37,7 @@ class ActiveStep:
     positions: np.ndarray | None = None
     branches: tuple[int, ...] = (0,)
     force: bool = False
-    """Draw masks although no gradient is recorded: the second pass of a two-pass loss."""
+    """Draw masks although no gradient is recorded: for a loss of training, and its second pass."""
 
     idle: bool = field(init=False)
     """Whether there are rows and all of them are padding: the model runs as it is, and nothing of it counts."""
@@ -90,6 +90,8 @@ class Session:
         self._seen: list[tuple[Any, int, RowFacts]] = []
         """Masks of the active step's calls, and what their rows are like."""
         self.attached = False
+        self.handle: Callable[[], Any] = _nothing
+        """Gives the handle, if anybody keeps it."""
         self.undo: Callable[[], None] = _nothing
         """Takes everything away again; here, as the hooks keep a session alive, and nobody may keep the handle."""
         self.of_trainer = False
@@ -342,7 +344,10 @@ class Session:
         for seen, at, facts in self._seen:
             if seen is mask and at == version and facts.real.shape == tokens.shape[:2]:
                 return facts
-        facts = RowFacts.of(_real(mask, tokens))
+        real = _real(mask, tokens)
+        if real is None:
+            return RowFacts.whole(tokens.shape[0], tokens.shape[1], tokens.device)
+        facts = RowFacts.of(real, told=True)
         if version is not None:
             self._seen.append((mask, version, facts))
         return facts
@@ -410,10 +415,10 @@ def _inputs(stack: Stack, batch: dict[str, Any], beside: bool, by_token: bool) -
     }
 
 
-def _real(mask: Tensor | None, tokens: Tensor) -> Tensor:
-    """Which tokens are no padding, (B, L) bool. Without a 2-D mask every token counts as real."""
+def _real(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Which tokens are no padding, (B, L) bool. Without a 2-D mask every token counts as real: ``None``."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:  # some models take a mapping of 4-D masks
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return None
     if mask.shape != tokens.shape[:2]:
         raise DataError(
             f"the attention mask covers other tokens than the batch (got {tuple(mask.shape)} for "

@@ -35,6 +35,8 @@ class Tokens:
     position: Tensor
     real: Tensor
     aligned: bool
+    told: bool = False
+    """As :attr:`RowFacts.told`."""
 
     @cached_property
     def branch_order(self) -> tuple[int, ...]:
@@ -98,16 +100,25 @@ class RowFacts:
     position: Tensor
     lengths: np.ndarray
     aligned: bool
+    told: bool = False
+    """Whether a mask of (B, L) said so: a larger one may forbid more than padding, and then lengths do not say what is seen."""
 
     @staticmethod
-    def of(real: Tensor) -> RowFacts:
+    def whole(rows: int, length: int, device: torch.device) -> RowFacts:
+        """Of rows without padding, which nobody need be asked about."""
+        real = torch.ones(rows, length, dtype=torch.bool, device=device)
+        position = torch.arange(length, device=device).expand(rows, length)
+        return RowFacts(real, position, np.full(rows, length, dtype=np.int64), aligned=True)
+
+    @staticmethod
+    def of(real: Tensor, told: bool = False) -> RowFacts:
         """``real``: bool (B, L), False at padding."""
         counts = real.sum(dim=1)
         columns = torch.arange(real.shape[1], device=real.device)
         left = (real == (columns < counts[:, None])).all()
         *lengths, aligned = torch.cat((counts, left[None])).tolist()
         position = (torch.cumsum(real, dim=1) - 1).clamp_(min=0).masked_fill_(~real, 0)
-        return RowFacts(real, position, np.array(lengths, dtype=np.int64), bool(aligned))
+        return RowFacts(real, position, np.array(lengths, dtype=np.int64), bool(aligned), told)
 
 
 def from_rows(samples: np.ndarray, real: Tensor | RowFacts, branches: tuple[int, ...]) -> Tokens:
@@ -128,6 +139,7 @@ def from_rows(samples: np.ndarray, real: Tensor | RowFacts, branches: tuple[int,
         position=facts.position,
         real=real,
         aligned=facts.aligned,
+        told=facts.told,
     )
 
 

@@ -30,7 +30,7 @@ from .compared import (
     shifts_labels,
     targets,
 )
-from .head import Head, makes_loss, token_losses, without_logits
+from .head import Head, head_for, token_losses, without_logits
 from .sharded import gathered
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def compute(
     by_token = labels.dim() == 2 and not answers(batch)
     if idle and by_token and not labels.is_floating_point():
         batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
-    if handle.head is not None and makes_loss(handle, batch) and task_loss is None and by_token:
-        return _on_tokens(handle, handle.head, model, part, batch, num_items)
+    head = head_for(handle, batch)
+    if head is not None and task_loss is None and by_token:
+        return _on_tokens(handle, head, model, part, batch, num_items)
     carrying = int(items)  # asked before the passes, so that an accelerator's host waits for the labels alone
     passes = _passes(handle, model, part, batch)
     if not carrying:  # a mean over nothing is NaN, and so is its gradient
@@ -165,9 +166,13 @@ def _passes(
     run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
     # Without gradient a model in training runs as the stock one does; here it is asked for the loss of training.
     force = not torch.is_grad_enabled()
+
+    def gradient_pass(batch: dict[str, Any], branches: tuple[int, ...] = (0,)) -> tuple[Any, Any]:
+        with handle.session.branches(branches, force):
+            return run(batch)
+
     if part is None:
-        with handle.session.branches((0,), force):
-            outputs, features = run(batch)
+        outputs, features = gradient_pass(batch)
         return _Passes(rows(batch, outputs, features) if rows else None, None, outputs, batch)
     compared = rows or (lambda batch, outputs, features: compared_rows(handle, part, batch, outputs, features))
     if part.gradient == "both":
@@ -177,18 +182,16 @@ def _passes(
             for name, value in batch.items()
             if name not in _ONE_ROW
         }
-        with handle.session.branches((0, 1), force):
-            outputs, features = run(doubled)
+        outputs, features = gradient_pass(doubled, (0, 1))
         return _halves(compared(doubled, outputs, features), outputs, doubled)
     shared = handle.sharing.in_graphs(part.kind) if compiled else handle.sharing.layers
     if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
-        with handle.session.branches((0,), force):
-            outputs, features = run(batch)
+        outputs, features = gradient_pass(batch)
     else:
-        with handle.sharing.recording(compiled), handle.session.branches((0,), force):
-            outputs, features = run(batch)
+        with handle.sharing.recording(compiled):
+            outputs, features = gradient_pass(batch)
         with handle.sharing.skipping(compiled):
             second = _second_pass(handle, model, part, batch, compared, run)
     return _Passes(compared(batch, outputs, features), second, outputs, batch)

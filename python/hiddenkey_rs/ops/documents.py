@@ -80,8 +80,7 @@ class Documents:
                 "a document's tokens must stand side by side in one row, with positions that count on (got a batch with "
                 "gaps); use masks of (query, key) pairs"
             )
-        if positions > _MOST:
-            raise ConfigError(f"positions must lie below 2**20 (got {positions - 1}); split the document")
+        _check_positions(positions)
         start = (low % length).masked_fill(count == 0, 0)
         table = torch.stack((low // length, start, count, start, count, samples, first, first), dim=1)
         return Documents(table, most, most, positions, shifted=inside > 0, full=every == real.numel())
@@ -100,6 +99,7 @@ class Documents:
         count = torch.as_tensor(lengths, dtype=torch.int64)
         row, zero = torch.arange(len(count)), torch.zeros_like(count)
         most = int(count.max()) if len(count) else 0
+        _check_positions(most)
         left = to_device(torch.stack((row, zero, count, zero, count), dim=1), samples.device)
         table = torch.cat((left, samples[:, None], torch.zeros_like(left[:, :2])), dim=1)
         return Documents(table, most, most, most, full=int(count.sum()) == len(count) * length)
@@ -127,3 +127,8 @@ class Documents:
         table = torch.cat((ours[:, :3], theirs[:, 1:3], ours[:, 5:7], theirs[:, 6:7]), dim=1)
         full = queries.full and keys.full
         return Documents(table, queries.queries, keys.keys, keys.positions, keys.shifted, cross=True, full=full)
+
+
+def _check_positions(positions: int) -> None:
+    if positions > _MOST:
+        raise ConfigError(f"positions must lie below 2**20 (got {positions - 1}); split the document")

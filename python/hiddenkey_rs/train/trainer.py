@@ -60,8 +60,13 @@ class HiddenKeyTrainerMixin:
         self._hiddenkey = (config, stock_dropout, impl)
         model = kwargs.get("model", args[0] if args else None)
         if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
-            _release(model)
-            attach(model, config, stock_dropout, impl).detach()
+            earlier = _released(model)
+            try:
+                attach(model, config, stock_dropout, impl).detach()
+            except Exception:
+                if earlier is not None:
+                    earlier.put_back()
+                raise
         super().__init__(*args, **kwargs)
         self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
         check_loader(self, self._loader)
@@ -246,8 +251,11 @@ class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with dropout attached; see :class:`HiddenKeyTrainerMixin`."""
 
 
-def _release(model: Any) -> None:
-    """Give a model back that an earlier Trainer, which may be gone, left attached: training in stages is ordinary."""
+def _released(model: Any) -> Handle | None:
+    """Free a model that an earlier Trainer left attached, as training in stages is ordinary; its handle, if that lives."""
     session = attached_session(model)
-    if session is not None and session.of_trainer:
-        session.undo()
+    if session is None or not session.of_trainer:
+        return None
+    session.undo()
+    handle: Handle | None = session.handle()
+    return handle

@@ -71,7 +71,8 @@ class Comparison:
     def verdict(self) -> str:
         """``better`` or ``worse`` with corrected p < .05, or one of the words above."""
         if self.p is None:
-            return DIVERGED if self.settled == self.planned and any(self.diverged) else UNFINISHED
+            lost = self.settled == self.planned and len(self.seeds) < 2 and any(self.diverged)
+            return DIVERGED if lost else UNFINISHED
         if self.corrected is None or self.corrected >= ALPHA:
             return OPEN
         if self.diverged[0 if self.gain > 0 else 1]:
@@ -225,7 +226,7 @@ def losses(study: Study, found: list[Comparison]) -> str:
     """How the last loss compares, in a sentence; empty without a finished comparison. ``found``: the family on that loss."""
     said = []
     for method, baseline in dict.fromkeys((entry.method, entry.baseline) for entry in found):
-        own = [e for e in found if (e.method, e.baseline) == (method, baseline) and e.verdict != UNFINISHED]
+        own = [e for e in found if (e.method, e.baseline) == (method, baseline) and e.p is not None]
         if own:
             lower, sure = sum(entry.gain > 0 for entry in own), sum(entry.verdict == BETTER for entry in own)
             against = sum(entry.verdict == WORSE for entry in own)

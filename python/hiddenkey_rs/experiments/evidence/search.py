@@ -61,9 +61,9 @@ def chosen_text(study: Study, task: str, method: str) -> str:
 
 
 def _edge(name: str, setting: Mapping[str, Any], settings: tuple[Mapping[str, Any], ...]) -> str:
-    offered = {other[name] for other in settings if isinstance(other.get(name), (int, float))}
+    offered = {other[name] for other in settings if type(other.get(name)) in (int, float)}
     value = setting[name]
-    if len(offered) < 2 or value not in offered:
+    if len(offered) < 2 or type(value) not in (int, float):
         return ""
     return " (lowest)" if value == min(offered) else " (highest)" if value == max(offered) else ""
 
