@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -39,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
     rows, histories = [], {}
     for name, choices in METHODS.items():
         folder = out / name.lower().replace(" ", "-").replace("+-", "")
-        if (folder / CONFIG).is_file():  # only ever a run of ours is replaced
+        if _is_demo(folder / CONFIG):  # another run there is refused below
             shutil.rmtree(folder)
         print(f"{name}:", file=sys.stderr)
         metrics = run(replace(base, out=str(folder), **choices))
@@ -51,6 +52,15 @@ def main(options: argparse.Namespace) -> int:
     print(f"one seed, 400 development pairs: a standard error of accuracy is about 0.02\npicture: {out / 'curves.png'}")
     print(f"figures: {out}/*/{METRICS}")
     return 0
+
+
+def _is_demo(config: Path) -> bool:
+    """Whether a folder's run is one of an earlier demo."""
+    try:
+        recorded = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(recorded, dict) and recorded.get("run", {}).get("task") == "demo"
 
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, Any]:

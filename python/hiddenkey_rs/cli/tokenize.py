@@ -55,6 +55,10 @@ def main(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.suffix != ".arrow":
         raise ConfigError(f"a store is an Arrow file (got {options.out!r}); let the name end in .arrow")
+    if options.file is not None and Path(options.file).resolve() == out.resolve():
+        raise ConfigError(
+            f"the store would replace the texts that it is made of (got {options.out!r}); choose another --out"
+        )
     check_writable(options.out)
     quiet_libraries()
     start = time.perf_counter()

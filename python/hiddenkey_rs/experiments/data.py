@@ -7,6 +7,8 @@ import gzip
 import json
 import math
 import random
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +63,7 @@ def read_rows(path: str | Path) -> list[Row]:
         raise DataError(
             f"a gzip file ends too early (got {str(file)!r} after line {len(rows)}); fetch it again"
         ) from None
-    except (gzip.BadGzipFile, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, csv.Error, UnicodeDecodeError) as error:
         raise DataError(
             f"a data file cannot be read (got {str(file)!r}, line {len(rows) + 1}: {error}); mend it"
         ) from None
@@ -218,8 +220,8 @@ def subset(rows: list[Row], size: int | None, seed: int) -> list[Row]:
 
 def _open(file: Path) -> IO[str]:
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8", newline="")
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return file.open(encoding="utf-8-sig", newline="")
 
 
 def _json_lines(text: IO[str], file: Path) -> Iterator[Row]:
@@ -248,7 +250,10 @@ def _json(text: IO[str], file: Path) -> Iterator[Row]:
 
 
 def _csv(text: IO[str], file: Path) -> Iterator[Row]:
-    reader = csv.DictReader(text)
+    reader = csv.DictReader(text, strict=True)  # an open quote is an error, and not the rest of the file
+    twice = [name for name, count in Counter(reader.fieldnames or []).items() if count > 1]
+    if twice:
+        raise DataError(f"a column stands twice (got {twice[0]!r} in {str(file)!r}); rename one")
     for row in reader:
         if None in row or None in row.values():
             wanted = len(reader.fieldnames or [])
@@ -258,7 +263,8 @@ def _csv(text: IO[str], file: Path) -> Iterator[Row]:
 
 def _number(value: str) -> Any:
     """CSV knows only text: whole numbers become integers, so that labels 0 and 1 are what they look like."""
-    return int(value) if value.lstrip("-").isdigit() and len(value) < 16 else value
+    whole = value.isascii() and value.removeprefix("-").isdigit() and len(value) < 16
+    return int(value) if whole and str(int(value)) == value else value
 
 
 def _parquet(file: Path) -> list[Row]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Two runs in one folder would mix what they write: the second one is refused."""
+    file = out / ".lock"
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StateError(
+                f"another run is at work in the folder (got {str(out)!r}); wait for it, or choose another --out"
+            ) from None
+        yield
+        file.unlink(missing_ok=True)
+
+
 def append_line(path: Path, value: Any) -> None:
     """Add one JSON line."""
     with path.open("a", encoding="utf-8") as file:
@@ -61,11 +78,16 @@ def append_line(path: Path, value: Any) -> None:
 def keep_lines_to(path: Path, step: int, evaluated: bool) -> None:
     """Drop the lines that a resumed run writes again: of steps after ``step``, and its evaluation if that was not saved."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         last = step if evaluated else step - 1
-        kept = [
-            line for line in lines if (found := json.loads(line))["step"] <= (last if "evaluation" in found else step)
-        ]
+        kept = []
+        for line in lines:
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:  # torn, by a full disk or a kill: of a step that runs again
+                continue
+            if found["step"] <= (last if "evaluation" in found else step):
+                kept.append(line)
         write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -73,7 +95,8 @@ def check_free(out: Path) -> None:
     """A new run needs a folder that holds no other run."""
     if out.is_file():
         raise StateError(f"the output folder is a file (got {str(out)!r}); choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    # Hidden files are a lock, and what a kill left of a file that was being written.
+    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
         held = "another run" if (out / CONFIG).is_file() else "other files"
         raise StateError(
             f"the output folder holds {held} (got {str(out)!r}); choose another --out, or --resume a stopped run"

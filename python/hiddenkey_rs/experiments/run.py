@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -68,6 +69,7 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
     with ranks.together():
         if resume == "auto" and (out / folder.METRICS).is_file():
             return dict(folder.load_metrics(out, config))
+        fresh = not folder.was_started(out)
         spread, checkpoint = _begin(config, out, resume)
         drops = config.drops()
         settle(config.threads)
@@ -87,22 +89,25 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
         watcher.handle = trainer.handle
     if watcher.first:
         out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
+    with folder.locked(out) if watcher.first else nullcontext():
+        if watcher.first and checkpoint is None:
+            if fresh:
+                folder.check_free(out)  # once more: another run may have begun while the model was loaded
             folder.clear_start(out)
             folder.write_json(out / folder.CONFIG, _recorded(config, spread, trainer))
-        else:
+        elif watcher.first and checkpoint is not None:
             step = int(checkpoint.name.rpartition("-")[2])
             folder.keep_lines_to(out / folder.LOG, step, evaluated=state.evaluated(step))
-    try:
-        with interruptible() as watcher.check_interrupt:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        trainer.handle.detach()
-    metrics = _metrics(config, prepared, state, trainer, spread, started)
-    if watcher.first:
-        folder.write_json(out / folder.METRICS, metrics)
-        title = f"{_name(config)} on {prepared.task.name}"
-        curves({_name(config): state.history}, prepared.task.metric, out / folder.CURVES, title)
+        try:
+            with interruptible() as watcher.check_interrupt:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.handle.detach()
+        metrics = _metrics(config, prepared, state, trainer, spread, started)
+        if watcher.first:
+            folder.write_json(out / folder.METRICS, metrics)
+            title = f"{_name(config)} on {prepared.task.name}"
+            curves({_name(config): state.history}, prepared.task.metric, out / folder.CURVES, title)
     return metrics
 
 

@@ -114,6 +114,11 @@ class RunConfig(Serialisable):
             raise ConfigError(
                 f"the stock loader makes batches of rows (got token_budget={self.token_budget}); use --loader hiddenkey"
             )
+        if self.hiddenkey is not None and self.rate is not None:
+            raise ConfigError(
+                f"a config file brings its rates (got rate={self.rate} beside hiddenkey={self.hiddenkey!r}); give "
+                "--attention-rate or --hidden-rate to change them, or leave one of the two out"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1) (got {self.lora_dropout!r}); 0 is none")
         if not self.lr > 0:
@@ -155,6 +160,8 @@ class RunConfig(Serialisable):
             if self.hiddenkey is not None
             else HiddenKeyConfig.preset(self.preset, rate=self.rate, seed=self.seed)
         )
+        if self.hiddenkey is not None and not base.seed:  # a file that says none leaves it to the run
+            base = replace(base, seed=self.seed)
         changes: dict[str, Any] = {
             "attention": self._part(
                 base.attention,

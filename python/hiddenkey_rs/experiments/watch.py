@@ -96,6 +96,8 @@ class Watcher(TrainerCallback):
             self.handle.record_masks(None)
         if self.progress is not None:
             self.progress.step(state.global_step)
+        if state.global_step >= state.max_steps:  # a run shorter than the distance between log lines has one, too
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line of ``log.jsonl`` a logged step."""
@@ -115,6 +117,11 @@ class Watcher(TrainerCallback):
         """Evaluate, and keep the adapter if it is the best so far."""
         self.run.training_seconds += time.perf_counter() - self.clock
         found = self.evaluation()
+        for rows, figures in found.items():
+            if not math.isfinite(figures["loss"]):
+                raise DivergedError(
+                    f"training diverged (got loss {figures['loss']} of {rows} rows after step {state.global_step}); lower --lr"
+                )
         entry = {"epoch": round(state.epoch, 4), "step": state.global_step, **found}
         self.run.history.append(entry)
         best = self.run.best(self.task) == len(self.run.history) - 1

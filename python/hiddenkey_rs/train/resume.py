@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -12,6 +14,9 @@ from ..config import HiddenKeyConfig
 from ..errors import StateError
 from ..serialise import CONFIG_NAME
 from .stream import SAMPLER_NAME
+
+DATA_NAME = "hiddenkey_data.json"
+"""In a checkpoint of the stock loader: what its order was of. (Ours keeps that with its own state.)"""
 
 # FSDP writes the optimizer's state under other names.
 _STATE = {
@@ -61,6 +66,23 @@ def checked_checkpoint(
             f"{config.to_dict()[changed[0]]!r} here); resume with the saved one"
         )
     return str(folder)
+
+
+def save_data(folder: str, parts: Mapping[str, str]) -> None:
+    """Leave in a checkpoint what training went over."""
+    Path(folder, DATA_NAME).write_text(json.dumps(dict(parts)) + "\n", encoding="utf-8")
+
+
+def check_data(folder: str, parts: Mapping[str, str]) -> None:
+    """A :class:`StateError` if a checkpoint's training went over other data, or in another order or other steps."""
+    file = Path(folder, DATA_NAME)
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    changed = next((name for name, value in parts.items() if saved.get(name, value) != value), None)
+    if changed is not None:
+        raise StateError(
+            f"the checkpoint was trained with another {changed} (got {saved[changed]} there and {parts[changed]} here), so that "
+            "going on would train something else; give what it was trained with, or train anew"
+        )
 
 
 def warn_about_generators(checkpoint: str, ranks: int, model_draws: bool) -> None:

@@ -20,7 +20,7 @@ from ..loading.planned import check_split
 from . import ranks
 from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, stream_of, streaming
-from .resume import checked_checkpoint, warn_about_generators
+from .resume import check_data, checked_checkpoint, save_data, warn_about_generators
 from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
 from .stores import StoreCollator, is_store
 from .stream import Stream
@@ -224,6 +224,8 @@ class HiddenKeyTrainerMixin:
             self.handle.config.save_pretrained(folder)
             if _internal_call and self._stream is not None:
                 self._stream.save(folder)
+            elif _internal_call:
+                save_data(folder, self._data())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
@@ -238,9 +240,22 @@ class HiddenKeyTrainerMixin:
         self.handle.reset_counts()
         return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
+    def _data(self) -> dict[str, str]:
+        """What the stock loader's order is of: the rows, the seed of their order, and how many a step takes."""
+        arguments: Any = self.args  # type: ignore[attr-defined]
+        found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))  # type: ignore[has-type]
+        found["order's seed"] = str(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+        if not arguments.auto_find_batch_size:
+            found["number of rows a step"] = str(
+                arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+            )
+        return found
+
     def _resumed(self, checkpoint: str | bool) -> str:
         folder = self.args.output_dir  # type: ignore[attr-defined]
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
+        if self._loader is None:
+            check_data(found, self._data())
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         self._begin = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json")).global_step

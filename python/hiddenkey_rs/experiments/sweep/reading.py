@@ -169,8 +169,9 @@ class _Reader:
         settings = found.pop("settings", [{}])
         if not isinstance(settings, list) or not settings:
             raise self.source.error((*place, "settings"), "a method has no settings", "write a list, [{}] for one")
-        for number in range(len(settings)):
-            self._run_fields((*place, "settings", number))
+        if "settings" in self._at(place):
+            for number in range(len(settings)):
+                self._run_fields((*place, "settings", number))
         seeds, most = found.pop("final_seeds", None), len(protocol.final_seeds)
         if seeds is not None and (type(seeds) is not int or not 1 <= seeds <= most):
             mend = f"give a whole number from 1 to {most}, as many as protocol.final_seeds has"
