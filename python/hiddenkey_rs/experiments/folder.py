@@ -23,6 +23,7 @@ CONFIG, LOG, METRICS, CURVES, ADAPTER, MASKS = (
     "adapter",
     "masks.jsonl",
 )
+LOCK = ".lock"
 RUN_STATE = "run_state.json"
 """In every ``checkpoint-N``: the history of evaluations up to there."""
 
@@ -55,18 +56,23 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Two runs in one folder would mix what they write: the second one is refused."""
-    file = out / ".lock"
+def locked(out: Path, other: str = "another run is at work") -> Iterator[None]:
+    """Two at once would mix what they write: the second one in a folder is refused, by what ``other`` says of the first."""
+    file = out / LOCK
     with file.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder may have removed the file since it was opened: then this lock would keep nobody out.
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
+                raise BlockingIOError
         except OSError:
             raise StateError(
-                f"another run is at work in the folder (got {str(out)!r}); wait for it, or choose another --out"
+                f"{other} in the folder (got {str(out)!r}); wait for it, or choose another --out"
             ) from None
-        yield
-        file.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -75,8 +76,7 @@ class HiddenKeyTrainerMixin:
         self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
         self.data_collator = StoreCollator.around(self)
         # Not earlier, as some trainers wrap their model or change its config.
-        self.handle = attach(self.model, config, stock_dropout, impl)  # type: ignore[attr-defined]
-        self.handle.session.of_trainer = True
+        self.handle = self._attach(self.model)  # type: ignore[attr-defined]
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -91,9 +91,13 @@ class HiddenKeyTrainerMixin:
             self.handle.detach()
         model = super().call_model_init(trial)  # type: ignore[misc]
         if hasattr(self, "handle"):
-            self.handle = attach(model, *self._hiddenkey)
-            self.handle.session.of_trainer = True
+            self.handle = self._attach(model)
         return model
+
+    def _attach(self, model: Any) -> Handle:
+        handle = attach(model, *self._hiddenkey)
+        handle.session.of_trainer = True
+        return handle
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -225,12 +229,13 @@ class HiddenKeyTrainerMixin:
             if _internal_call and self._stream is not None:
                 self._stream.save(folder)
             elif _internal_call:
-                save_data(folder, self._data())
+                save_data(folder, self._data)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
         with ranks.together():
             self._begin = 0
+            vars(self).pop("_data", None)
             self._checkpoint = self._resumed(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(self._checkpoint, *args, **kwargs)  # type: ignore[misc]
 
@@ -240,8 +245,9 @@ class HiddenKeyTrainerMixin:
         self.handle.reset_counts()
         return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
 
+    @cached_property
     def _data(self) -> dict[str, str]:
-        """What the stock loader's order is of: the rows, the seed of their order, and how many a step takes."""
+        """What the stock loader's order is of: the rows, the seed of their order, and how many a step takes. Of one training."""
         arguments: Any = self.args  # type: ignore[attr-defined]
         found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))  # type: ignore[has-type]
         found["order's seed"] = str(arguments.seed if arguments.data_seed is None else arguments.data_seed)
@@ -255,7 +261,7 @@ class HiddenKeyTrainerMixin:
         folder = self.args.output_dir  # type: ignore[attr-defined]
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
         if self._loader is None:
-            check_data(found, self._data())
+            check_data(found, self._data)
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         self._begin = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json")).global_step

@@ -70,11 +70,10 @@ def _edge(name: str, setting: Mapping[str, Any], settings: tuple[Mapping[str, An
 
 def setting_text(setting: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> str:
     """A setting in words: ``rate 0.1``."""
-    notes = notes or {}
-    parts = (
-        f"{name} {value:g}{notes.get(name, '')}" if isinstance(value, float) else f"{name} {value}{notes.get(name, '')}"
-        for name, value in setting.items()
-    )
+    parts = []
+    for name, value in setting.items():
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(f"{name} {text}{(notes or {}).get(name, '')}")
     return ", ".join(parts) or "the only one"
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from typing import Protocol as Interface
 
 from ...errors import StateError
-from ..folder import write_text
+from ..folder import locked, write_text
 from .lines import ResultLine, append_line, read_lines
 from .plan import FINAL, Plan, Trial
 from .reading import load_plan
 from .selection import winners
 from .workers import Outcome, Workers
 
-RESULTS, PLAN, DIGEST, LOCK = "results.jsonl", "plan.yaml", "plan.digest", ".lock"
+RESULTS, PLAN, DIGEST = "results.jsonl", "plan.yaml", "plan.digest"
 _TICK = 0.5
 
 
@@ -65,7 +63,7 @@ class Sweep:
             pool: makes the processes. only: one trial's id. slice_seconds: start nothing after so many seconds.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with _locked(self.out):
+        with locked(self.out, "another sweep is running"):  # they would run the same trials twice
             self._open()  # once more: another sweep may have been here since
             write_text(self.out / DIGEST, self.plan.digest + "\n")
             write_text(self.out / PLAN, self.text)
@@ -224,19 +222,6 @@ class Display:
 
     def _write(self, text: str, end: str) -> None:
         print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Two sweeps in one folder would run the same trials twice."""
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StateError(
-                f"another sweep is running in the folder (got {str(out)!r}); wait for it, or choose another --out"
-            ) from None
-        yield
 
 
 def _failed(trial: Trial, plan: str, error: str) -> ResultLine:
