@@ -188,6 +188,17 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     ]
 
 
+def test_a_checkpoint_that_a_kill_left_torn_is_passed_over(tmp_path: Path) -> None:
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path, rows("bert"), max_steps=4, **saved)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    again = trainer(tmp_path, rows("bert"), max_steps=4, **saved)
+    with pytest.warns(UserWarning, match=r"checkpoint-4' without trainer_state.json\); going on from checkpoint-2"):
+        again.train(resume_from_checkpoint=True)
+    assert furthest(weights(whole.model), weights(again.model)) == 0.0
+
+
 def test_training_again_logs_again(tmp_path: Path) -> None:
     run = trainer(tmp_path, rows("bert"), max_steps=2)
     run.train()

@@ -299,3 +299,74 @@ def test_several_devices_in_one_process_are_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(hk.ConfigError, match=r"copies of the model.*got 2 devices\); start it with torchrun"):
         hk.HiddenKeyTrainer(model=model, args=arguments, config=hk.HiddenKeyConfig(), stock_dropout="off")
     assert model.config._attn_implementation == "sdpa", "nothing stays attached"
+
+
+def llama_trainer(out: Path, train: Any, evaluated: Any = None, **more: Any) -> hk.HiddenKeyTrainer:
+    arguments = {"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no", **more.pop("arguments", {})}
+    return hk.HiddenKeyTrainer(
+        model=families.build("llama"),
+        args=tf.TrainingArguments(str(out), **arguments),
+        train_dataset=train,
+        eval_dataset=evaluated,
+        config="hiddenkey-minus",
+        stock_dropout="off",
+        **more,
+    )
+
+
+def words(seed: int) -> hk.TokenStore:
+    offsets = np.array([0, 5, 12, 16, 25, 30, 40])
+    ids = np.random.default_rng(seed).integers(5, 90, 40)
+    return hk.TokenStore((ids, offsets), token_columns={"labels": ids})
+
+
+def test_packed_for_training_and_plain_for_evaluation(tmp_path: Path) -> None:
+    run = llama_trainer(
+        tmp_path, words(0).packed(16), {"plain": words(1), "some": torch.utils.data.Subset(words(1), [0, 2])}
+    )
+    run.train()
+    found = run.evaluate()
+    run.handle.detach()
+    for name, rows in (("plain", range(6)), ("some", [0, 2])):
+        batch = Collator()([words(1)[row] for row in rows])
+        assert found[f"eval_{name}_loss"] == pytest.approx(float(run.model.eval()(**batch).loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_evaluated_packed_documents_do_not_see_each_other(use_cache: bool, tmp_path: Path) -> None:
+    run = llama_trainer(
+        tmp_path,
+        words(0).packed(16),
+        words(1).packed(16),
+        arguments={"use_cache": use_cache, "per_device_eval_batch_size": 1},
+    )
+    found = run.evaluate()["eval_loss"]
+    run.handle.detach()
+    rows, total = words(1).packed(16), 0.0
+    for row in range(len(rows)):
+        losses = []
+        for sample in np.unique(rows[row]["sample_id"]):
+            ids = torch.from_numpy(rows[row]["input_ids"][rows[row]["sample_id"] == sample])[None]
+            losses += [float(run.model.eval()(input_ids=ids, labels=ids).loss)] * (ids.shape[1] - 1)
+        total += sum(losses) / len(losses)
+    assert found == pytest.approx(total / len(rows), rel=1e-5)
+
+
+def test_collators_and_stores_that_do_not_go_together(tmp_path: Path) -> None:
+    store, own = words(0), tf.DefaultDataCollator()
+    with pytest.raises(
+        hk.ConfigError, match=r"made by hiddenkey_rs.Collator \(got data_collator=DefaultDataCollator, which"
+    ):
+        llama_trainer(tmp_path, store, store.packed(16), data_collator=own)
+    with pytest.raises(hk.DataError, match=r"a part of a store is no training set \(got Subset of TokenStore\)"):
+        llama_trainer(tmp_path, torch.utils.data.Subset(store, [0, 1]))
+    with pytest.raises(
+        hk.ConfigError, match=r"goes with none of the stores \(got layout='packed'\); use layout='padded'"
+    ):
+        llama_trainer(tmp_path, store, data_collator=Collator(layout="packed"))
+    with pytest.raises(
+        hk.ConfigError, match=r"goes with none of the stores \(got layout='flat'\); use layout='packed'"
+    ):
+        llama_trainer(tmp_path, store.packed(16), data_collator=Collator(layout="flat"))
+    examples = [{"input_ids": [5, 6], "labels": [5, 6]}]  # for these one's own collator is called
+    llama_trainer(tmp_path, store, examples, data_collator=own).evaluate()

@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,7 @@ class Serialisable:
         """The reverse of :meth:`to_dict`; missing keys take their defaults, unknown ones are a :class:`ConfigError`."""
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} is read from a mapping of its fields (got {values!r}); see to_dict()")
-        hints = _hints(cls)  # type: ignore[arg-type]
+        hints = field_types(cls)  # type: ignore[arg-type]
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for key in values:
             choice(key, names, f"key in {cls.__name__}")
@@ -72,7 +73,7 @@ class Serialisable:
         import yaml
 
         try:
-            values = yaml.safe_load(text)
+            values = yaml.load(text, yaml_loader())
         except yaml.YAMLError as error:
             raise ConfigError(f"the config is no YAML (got {' '.join(str(error).split())}); mend the file") from None
         return cls.from_dict(_without_version(values if values is not None else {}))
@@ -112,8 +113,21 @@ class Serialisable:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    """Field types; evaluating them takes milliseconds, and a plan reads thousands of configs."""
+def yaml_loader() -> Any:
+    """PyYAML's safe loader, for which ``1e-3`` is a number, as in YAML 1.2 and everywhere else, and not a text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    exponent = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    return Loader
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields; evaluating them takes milliseconds, and a plan reads thousands of configs."""
     return typing.get_type_hints(cls)
 
 

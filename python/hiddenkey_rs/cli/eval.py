@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def _evaluated(out: Path) -> dict[str, Any]:
     from ..experiments.run import evaluate_run
 
     found = evaluate_run(out)
-    written = json.loads((out / folder.METRICS).read_text()) if (out / folder.METRICS).is_file() else {}
+    written = folder.read_json(out / folder.METRICS) if (out / folder.METRICS).is_file() else {}
     rows = []
     for part in ("dev", "test"):
         if part in found:

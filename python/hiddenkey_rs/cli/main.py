@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:  # not of a file that anybody named
+            raise
+        say(f"hiddenkey: error: {error.strerror} (got {str(error.filename)!r}); check the path, rights and room", error)
+        return 2
     except SystemExit as stop:
         return int(stop.code or 0)
 

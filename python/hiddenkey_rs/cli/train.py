@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import types
-import typing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..experiments.run_config import RunConfig
+from ..experiments.run_config import RunConfig, field_kind
+from ..serialise import yaml_loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto",
         help="go on with the stopped run in --out; 'auto': if there is one, else start it",
     )
-    hints = typing.get_type_hints(RunConfig)
     for item in fields(RunConfig):
         flag = f"--{item.name.replace('_', '-')}"
-        kind, many = _kind(hints[item.name])
+        kind, many, _ = field_kind(item.name)
         text = item.metadata["help"]
         if item.default not in (None, (), False):
             default: Any = item.default
@@ -88,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), yaml_loader()) or {}
     except (OSError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"the run's config cannot be read (got {str(path)!r}: {text}); check the file") from None
@@ -98,12 +96,3 @@ def _read(path: Path) -> dict[str, Any]:
         )
     # A run's own config.json holds its choices under "run": it can be given back as it is.
     return values["run"] if isinstance(values.get("run"), dict) else values
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(element type, takes several) of a field's annotation."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False

@@ -142,8 +142,7 @@ def was_started(out: Path) -> bool:
 def load_metrics(out: Path, config: RunConfig) -> dict[str, Any]:
     """What a finished run of the same choices found."""
     check_choices(out, config)
-    found: dict[str, Any] = json.loads((out / METRICS).read_text(encoding="utf-8"))
-    return found
+    return read_json(out / METRICS)
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -176,5 +175,18 @@ def _recorded(out: Path) -> dict[str, Any]:
         raise StateError(
             f"the folder holds no run (got {str(out)!r} without {CONFIG}); give the --out of a training run"
         )
-    found: dict[str, Any] = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+    found = read_json(out / CONFIG)
+    if not isinstance(found.get("run"), dict):
+        raise StateError(f"a run's file has no choices in it (got {str(out / CONFIG)!r}); use another folder")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that :func:`write_json` wrote, or a :class:`StateError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise StateError(f"a run's file is damaged (got {str(path)!r}: {error}); use another folder") from None
+    if not isinstance(found, dict):
+        raise StateError(f"a run's file is damaged (got {type(found).__name__} in {str(path)!r}); use another folder")
     return found

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import types
+import typing
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any
 
 from ..config import (
@@ -19,7 +23,7 @@ from ..config import (
     HiddenKeyConfig,
 )
 from ..errors import ConfigError
-from ..serialise import Serialisable, choice
+from ..serialise import Serialisable, choice, field_types
 from .tasks import KINDS as TASK_KINDS
 from .tasks import TASKS
 
@@ -103,8 +107,7 @@ class RunConfig(Serialisable):
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices is not None and value is not None:
                 choice(value, choices, item.name.replace("_", " "))
-            if isinstance(value, list):
-                object.__setattr__(self, item.name, tuple(value))
+            object.__setattr__(self, item.name, self._typed(item.name, value))
         for name in ("rank", "epochs", "batch_size", "accumulation", "eval_batch_size", "log_every"):
             self._positive(name)
         for name in ("train_size", "max_steps", "max_length", "dev_rows", "save_steps", "threads", "token_budget"):
@@ -121,8 +124,13 @@ class RunConfig(Serialisable):
             )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1) (got {self.lora_dropout!r}); 0 is none")
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ConfigError(f"the learning rate must be above 0 (got {self.lr!r}); 3e-4 is a start")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"the weight decay must be at least 0 (got {self.weight_decay!r}); 0 is none")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share, in [0, 1] (got {getattr(self, name)!r}); 0 is none")
         sources = [name for name in ("task", "train_file", "dataset") if getattr(self, name) is not None]
         if len(sources) != 1:
             raise ConfigError(
@@ -137,6 +145,20 @@ class RunConfig(Serialisable):
             raise ConfigError(
                 f"a task needs the folder of its files (got task {self.task!r} without data); give --data DIR"
             )
+
+    def _typed(self, name: str, value: Any) -> Any:
+        """``value`` if the field takes such; files and plans hold whatever their writer meant."""
+        kind, several, optional = field_kind(name)
+        if value is None and optional:
+            return None
+        if several:
+            entries = value if isinstance(value, (list, tuple)) else [value]
+            if all(type(entry) in (str, int) for entry in entries):
+                return tuple(map(str, entries))  # layers are numbers in a file and words in a shell
+        elif isinstance(value, (int, float) if kind is float else kind) and (kind is bool) == isinstance(value, bool):
+            return value
+        wanted = "a list of words" if several else _SPOKEN[kind]
+        raise ConfigError(f"{name} must be {wanted} (got {value!r}); mend --{name.replace('_', '-')}")
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -200,6 +222,21 @@ class RunConfig(Serialisable):
         if not given:
             return base
         return replace(base, **given) if base is not None else kind(**given)
+
+
+_SPOKEN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+
+
+@cache
+def field_kind(name: str) -> tuple[type, bool, bool]:
+    """Of a field of :class:`RunConfig`: (what it holds, whether several of them, whether it may be None)."""
+    hint = field_types(RunConfig)[name]
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    if optional:
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
 
 
 def _layers(entries: tuple[str, ...]) -> str | list[int | str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 import time
@@ -18,7 +17,7 @@ from transformers import TrainerCallback
 from ..attachment import DrawnMask, Handle
 from ..errors import HiddenKeyError
 from ..train import ranks
-from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, replace_folder, write_json
+from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, read_json, replace_folder, write_json
 from .tasks import Task
 from .whole import whole_weights
 
@@ -55,7 +54,7 @@ class RunState:
     @classmethod
     def load(cls, checkpoint: Path) -> RunState:
         """The state that was saved with a checkpoint."""
-        return cls(**json.loads((checkpoint / RUN_STATE).read_text(encoding="utf-8")))
+        return cls(**read_json(checkpoint / RUN_STATE))
 
 
 class Watcher(TrainerCallback):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import HiddenKeyConfig
 from ..errors import StateError
@@ -31,7 +31,7 @@ _STATE = {
 def checked_checkpoint(
     checkpoint: str | os.PathLike[str] | bool, output_dir: str, config: HiddenKeyConfig, streamed: bool = False
 ) -> str:
-    """The checkpoint's folder (``True``: the last one of ``output_dir``), once it is known to be whole and to match.
+    """The checkpoint's folder (``True``: the last whole one of ``output_dir``), once it is known to match.
 
     Args:
         checkpoint, output_dir: as the Trainer's. config: what will be dropped.
@@ -41,11 +41,8 @@ def checked_checkpoint(
         StateError: no checkpoint, state missing, another config or another loader: going on would silently train
             something else.
     """
-    found = get_last_checkpoint(output_dir) if checkpoint is True and os.path.isdir(output_dir) else checkpoint
-    if found is None or found is True:
-        raise StateError(f"there is no checkpoint to resume from (got {output_dir!r}); train without resuming first")
-    folder = Path(str(found))
-    missing = [name for name, pattern in _STATE.items() if not any(folder.glob(pattern))]
+    folder = _last_whole(output_dir) if isinstance(checkpoint, bool) else Path(checkpoint)
+    missing = _missing(folder)
     known = (folder / SAMPLER_NAME).is_file()
     if known and not streamed:
         raise StateError(
@@ -68,6 +65,26 @@ def checked_checkpoint(
     return str(folder)
 
 
+def _missing(folder: Path) -> list[str]:
+    return [name for name, pattern in _STATE.items() if not any(folder.glob(pattern))]
+
+
+def _last_whole(output_dir: str) -> Path:
+    """The last checkpoint with all its state: training may have been killed while it wrote one. Without any, the last."""
+    steps = {path: path.name.rpartition("-")[2] for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))
+    if not found:
+        raise StateError(f"there is no checkpoint to resume from (got {output_dir!r}); train without resuming first")
+    whole = next((path for path in found if not _missing(path)), found[0])
+    if whole != found[0]:
+        warnings.warn(
+            f"the last checkpoint was not written to its end (got {str(found[0])!r} without "
+            f"{', '.join(_missing(found[0]))}); going on from {whole.name}",
+            stacklevel=4,
+        )
+    return whole
+
+
 def save_data(folder: str, parts: Mapping[str, str]) -> None:
     """Leave in a checkpoint what training went over."""
     Path(folder, DATA_NAME).write_text(json.dumps(dict(parts)) + "\n", encoding="utf-8")
@@ -76,7 +93,10 @@ def save_data(folder: str, parts: Mapping[str, str]) -> None:
 def check_data(folder: str, parts: Mapping[str, str]) -> None:
     """A :class:`StateError` if a checkpoint's training went over other data, or in another order or other steps."""
     file = Path(folder, DATA_NAME)
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise StateError(f"a checkpoint's file is damaged (got {str(file)!r}: {error}); use another one") from None
     changed = next((name for name, value in parts.items() if saved.get(name, value) != value), None)
     if changed is not None:
         raise StateError(

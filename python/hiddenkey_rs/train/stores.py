@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
+from torch.utils.data import Subset
 
+from ..errors import ConfigError, DataError
 from ..loading.collator import Collator
 from ..loading.packed import PackedStore
 from ..loading.rows import RowBatch
@@ -19,15 +21,41 @@ def is_store(data: Any) -> bool:
     return isinstance(data, (TokenStore, PackedStore))
 
 
-class StoreCollator:
-    """Rows of a store by our collator, lists of examples by the Trainer's."""
+def check_stores(collator: Any, train: Any, evaluated: Any) -> None:
+    """Of a Trainer's arguments: that a store is taken as it is, and that nobody counts on a collator that is not called.
 
-    def __init__(self, rows: Callable[[RowBatch], dict[str, Any]], examples: Callable[..., Mapping[str, Any]]) -> None:
+    Raises:
+        ConfigError: another collator than ours where there are stores and nothing else. DataError: a part of a store.
+    """
+    if isinstance(train, Subset) and is_store(_whole(train)):
+        raise DataError(
+            f"a part of a store is no training set (got Subset of {type(_whole(train)).__name__}); make a store of the "
+            "part: TokenStore(dataset.select(rows))"
+        )
+    others = evaluated.values() if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
+    ours = collator is None or isinstance(collator, (Collator, StoreCollator))
+    if not ours and is_store(train) and all(is_store(_whole(data)) for data in others):
+        raise ConfigError(
+            f"batches of a store are made by hiddenkey_rs.Collator (got data_collator={type(collator).__name__}, which would "
+            "not be called); leave it out, or give a Collator, for instance Collator(labels='tokens') for language modelling"
+        )
+
+
+class StoreCollator:
+    """Rows of a store by our collators, lists of examples by the Trainer's.
+
+    Args:
+        rows: who takes rows of a packed store (True), and of one that is not (False). examples: the Trainer's.
+    """
+
+    def __init__(self, rows: Mapping[bool, Collator], examples: Callable[..., Mapping[str, Any]]) -> None:
         self.rows, self.examples = rows, examples
 
     def __call__(self, batch: Any) -> dict[str, Any]:
         """The tensors of a batch."""
-        return self.rows(batch) if isinstance(batch, RowBatch) else dict(self.examples(batch))
+        if isinstance(batch, RowBatch):
+            return self.rows[isinstance(batch.store, PackedStore)](batch)
+        return dict(self.examples(batch))
 
     @classmethod
     def around(cls, trainer: Any) -> Any:
@@ -35,16 +63,26 @@ class StoreCollator:
 
         Raises:
             DataError: a store holds ids that the model does not know.
+            ConfigError: a collator of ours whose layout goes with none of the stores.
         """
         collator, evaluated = trainer.data_collator, trainer.eval_dataset
         others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        stores = [data for data in (trainer.train_dataset, *others) if is_store(data)]
+        stores = [whole for data in (trainer.train_dataset, *others) if is_store(whole := _whole(data))]
         for store in stores:
             known = trainer.model.get_input_embeddings().weight.shape[0]
             (store.store if isinstance(store, PackedStore) else store).check_vocabulary(known)
         if not stores or isinstance(collator, StoreCollator):
             return collator
-        return cls(collator if isinstance(collator, Collator) else _rows_collator(trainer, stores[0]), collator)
+        rows = {packed: _rows_collator(trainer, packed) for packed in (True, False)}
+        if isinstance(collator, Collator):
+            packs = collator.layout == "packed"
+            if packs not in (isinstance(store, PackedStore) for store in stores):
+                raise ConfigError(
+                    f"the collator's layout goes with none of the stores (got layout={collator.layout!r}); "
+                    + ("use layout='padded'" if packs else "use layout='packed', or leave the collator out")
+                )
+            rows[packs] = collator
+        return cls(rows, collator)
 
     @staticmethod
     def with_ids(collator: Any) -> Any:
@@ -54,11 +92,17 @@ class StoreCollator:
         return SampleIdCollator(collator)
 
 
-def _rows_collator(trainer: Any, store: Any) -> Collator:
+def _whole(data: Any) -> Any:
+    """What a data set is a part of."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    return data
+
+
+def _rows_collator(trainer: Any, packed: bool) -> Collator:
     tokenizer = trainer.processing_class
     known = isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
     pad = tokenizer.pad_token_id if known else trainer.model.config.pad_token_id
-    packed = isinstance(store, PackedStore)
     return Collator(
         pad_token_id=0 if pad is None else pad,
         padding_side=tokenizer.padding_side if known and not packed else "right",

@@ -23,7 +23,7 @@ from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, stream_of, streaming
 from .resume import check_data, checked_checkpoint, save_data, warn_about_generators
 from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
-from .stores import StoreCollator, is_store
+from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
 
 
@@ -59,7 +59,10 @@ class HiddenKeyTrainerMixin:
         **kwargs: Any,
     ) -> None:
         self._hiddenkey = (config, stock_dropout, impl)
-        model = kwargs.get("model", args[0] if args else None)
+        names = ("model", "args", "data_collator", "train_dataset", "eval_dataset")  # the Trainer's, in its order
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        check_stores(given.get("data_collator"), given.get("train_dataset"), given.get("eval_dataset"))
+        model = given.get("model")
         if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
             earlier = _released(model)
             try:
@@ -172,8 +175,7 @@ class HiddenKeyTrainerMixin:
         inputs.pop(PLAN, None)
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if sample_ids is not None and sample_ids.dim() == 2 and self.handle.stacks[-1].role == "decoder":
-            inputs["use_cache"] = False  # with a cache, transformers lets packed examples see each other
+        self._without_cache(inputs, sample_ids)
         with self.handle.step(self.state.global_step, sample_ids, positions):  # type: ignore[attr-defined]
             result = self.handle.compute(
                 inputs, num_items_in_batch, model=model, task_loss=self._task_loss("labels" in inputs)
@@ -196,8 +198,15 @@ class HiddenKeyTrainerMixin:
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluation never needs sample ids; a column of them must not reach the model."""
+        sample_ids = inputs.get(SAMPLE_ID)
         inputs = {name: value for name, value in inputs.items() if name not in (SAMPLE_ID, SAMPLE_POSITION, PLAN)}
+        self._without_cache(inputs, sample_ids)
         return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _without_cache(self, inputs: dict[str, Any], sample_ids: Tensor | None) -> None:
+        """With a cache, which ``TrainingArguments`` may switch on, transformers lets packed examples see each other."""
+        if sample_ids is not None and sample_ids.dim() == 2 and self.handle.stacks[-1].role == "decoder":
+            inputs["use_cache"] = False
 
     # -- logs -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...serialise import yaml_loader
 from ..extras import extra
 
 Place = tuple[str | int, ...]
@@ -24,7 +25,7 @@ class Located:
         yaml = extra("yaml")
         try:
             self.text = self.path.read_text(encoding="utf-8")
-            loader = yaml.SafeLoader(self.text)
+            loader = yaml_loader()(self.text)
             node = loader.get_single_node()
             self._lines: dict[Place, int] = {}
             if node is not None:
