@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from .triton_gather_kernel import kept_columns, kept_range, list_of
-from .triton_philox import jit, keep_tile, sample_words, tl
+from .triton_philox import jit, keep_tile, ones, sample_words, tl
 
 VARYING = ["queries", "flag_columns", "documents_each", "blocks", "threshold"]
 """Arguments that change with the batch: Triton would compile a variant for multiples of 16, and one for 1, of each."""
@@ -232,10 +232,7 @@ def forward_kernel(
         else:
             maximum, total, output = add_kept(scores, v, kept, maximum, total, output, PRECISION)
         if COUNT:
-            # Counted through the scores, whose layout in registers ties the sum to the mask that is at hand: by itself the
-            # compiler draws the whole mask once more, in the layout of the sum. (A score that is NaN counts, too.)
-            seen = tl.broadcast_to(kept, (ROWS, COLUMNS))
-            kept_pairs += tl.sum(tl.where(seen & (scores == scores), 1, 0) | tl.where(seen, 1, 0), 1)
+            kept_pairs += tl.sum(ones(tl.broadcast_to(kept, (ROWS, COLUMNS)), scores), 1)
 
     if DROPATTENTION:
         # log2 of the sum over the allowed keys = kept and dropped together, before any rescue.

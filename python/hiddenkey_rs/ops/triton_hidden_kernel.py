@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .triton_philox import jit, keep_tile, sample_words, tl
+from .triton_philox import jit, keep_tile, ones, sample_words, tl
 
 
 # What changes with the batch: Triton would compile a variant for multiples of 16, and one for 1, of each.
@@ -40,9 +40,8 @@ def drop_kernel(
         keep = keep & (sample >= 0)[:, None]
     else:
         keep = (tl.load(flags + row, mask=there, other=0) != 0)[:, None]
-    # Chosen, not multiplied: a dropped infinity or NaN becomes zero. What is counted is chosen through the states, whose
-    # layout in registers ties the sum to the mask at hand: by itself the compiler draws the mask once more for it.
-    chosen = tl.where(keep & (states == states), 1, 0) | tl.where(keep, 1, 0)
+    # Chosen, not multiplied: a dropped infinity or NaN becomes zero.
+    chosen = ones(keep, states)
     values = tl.where(chosen != 0, states.to(tl.float32) * scale, 0.0)
     if RESIDUAL:
         rounded = values.to(out.dtype.element_ty).to(tl.float32)

@@ -88,3 +88,13 @@ def keep_tile(c0, c2, c3, k0, k1, threshold, first, ROWS: tl.constexpr, COLUMNS:
         halves = tl.join((words << 16) >= lane, words >= lane)
         keep = halves.permute(0, 2, 1, 3).reshape(ROWS, COLUMNS)
     return keep
+
+
+@jit
+def ones(keep, held):
+    """1 where ``keep``, else 0, as int32, to be summed up. ``held``: floats of the same shape that are in registers.
+
+    Chosen through ``held``, whose layout ties the sum to the flags at hand: by itself the compiler draws the whole mask
+    once more, in the layout of the sum. The second choice is for NaN.
+    """
+    return tl.where(keep & (held == held), 1, 0) | tl.where(keep, 1, 0)
