@@ -2,7 +2,7 @@
 //!
 //! A mask bit depends on (seed, step, branch, layer, site, sample, head, row, column) and on nothing else: there is no
 //! generator state. The stream is named `hk1`; `DESIGN.md` has its counter table. Layers: `error <- rng <- simd <-
-//! threads <- mask <- apply`, and `error <- rng <- threads <- batch`; nothing imports `python`, the only module that knows PyO3.
+//! threads <- mask <- apply`, and `threads <- batch`; nothing imports `python`, the only module that knows PyO3.
 
 pub mod apply;
 pub mod batch;

@@ -181,3 +181,15 @@ def test_rates_by_pattern() -> None:
     assert rate_for(config, 0.1, ["embeddings"]) == 0.1
     assert hk.HiddenKeyConfig(hk.AttentionDrop(rate=0.0), None, rate_pattern={"layer.1": 0.2}).drops
     assert replace(config, seed=3).rate_pattern == config.rate_pattern
+
+
+@pytest.mark.parametrize("name", ["none", "r-drop"])
+def test_presets_without_rates_take_none(name: str) -> None:
+    with pytest.raises(hk.ConfigError, match=rf"the preset '{name}' drops nothing by itself \(got rate=0.2\)"):
+        hk.HiddenKeyConfig.preset(name, rate=0.2)
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, "yes"])
+def test_rescale_is_a_truth_value(value: object) -> None:
+    with pytest.raises(hk.ConfigError, match="rescale must be true, false or null"):
+        hk.HiddenDrop(rescale=value)

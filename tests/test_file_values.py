@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,11 @@ def test_a_damaged_run_is_one_line(text: str, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert folder.CONFIG in said
+
+
+def test_help_lists_every_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for item in fields(RunConfig):
+        for choice in item.metadata["choices"] or ():
+            assert choice in shown.partition(f"--{item.name.replace('_', '-')} ")[2], (item.name, choice)

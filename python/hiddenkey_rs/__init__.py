@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import losses, masks, ops
-    from .attachment import Handle, attach, detach
+    from .attachment import DrawnMask, Handle, LossOutput, attach, detach
     from .batches.pack import Packing, pack
     from .config import (
         PRESETS,
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from .errors import ConfigError, DataError, HiddenKeyError, StateError, UnsupportedModelError
     from .loading.collator import Collator
     from .loading.loader import build_dataloader
+    from .loading.packed import PackedStore
     from .loading.planned import PlanSpec
     from .loading.sampler import BatchSampler
     from .loading.store import TokenStore
     from .masks import BitMask, MaskKey, get_num_threads, set_num_threads
     from .plan import StepPlan, plan_step
-    from .train import HiddenKeyTrainer, HiddenKeyTrainerMixin
-    from .train.sft import HiddenKeySFTTrainer
+    from .train import HiddenKeyTrainer, HiddenKeyTrainerMixin, Loader
+    from .train.sft import HiddenKeySFTTrainer as HiddenKeySFTTrainer
 
 _MODULE_OF = {
-    **dict.fromkeys(["attach", "detach", "Handle"], "attachment"),
+    **dict.fromkeys(["attach", "detach", "DrawnMask", "Handle", "LossOutput"], "attachment"),
     **dict.fromkeys(
         ["PRESETS", "AttentionDrop", "Consistency", "ElementDrop", "HiddenDrop", "HiddenKeyConfig"], "config"
     ),
@@ -41,16 +42,18 @@ _MODULE_OF = {
     **dict.fromkeys(["Packing", "pack"], "batches.pack"),
     "BatchSampler": "loading.sampler",
     "Collator": "loading.collator",
+    "PackedStore": "loading.packed",
     "PlanSpec": "loading.planned",
     "build_dataloader": "loading.loader",
     "TokenStore": "loading.store",
     **dict.fromkeys(["BitMask", "MaskKey", "get_num_threads", "set_num_threads"], "masks"),
     **dict.fromkeys(["StepPlan", "plan_step"], "plan"),
-    **dict.fromkeys(["HiddenKeyTrainer", "HiddenKeyTrainerMixin"], "train"),
+    **dict.fromkeys(["HiddenKeyTrainer", "HiddenKeyTrainerMixin", "Loader"], "train"),
     "HiddenKeySFTTrainer": "train.sft",
 }
 _SUBMODULES = ("losses", "masks", "ops")
 
+# Without HiddenKeySFTTrainer, which needs TRL: ``from hiddenkey_rs import *`` is for everybody.
 __all__ = [
     "PRESETS",
     "AttentionDrop",
@@ -60,15 +63,18 @@ __all__ = [
     "ConfigError",
     "Consistency",
     "DataError",
+    "DrawnMask",
     "ElementDrop",
     "Handle",
     "HiddenDrop",
     "HiddenKeyConfig",
     "HiddenKeyError",
-    "HiddenKeySFTTrainer",
     "HiddenKeyTrainer",
     "HiddenKeyTrainerMixin",
+    "Loader",
+    "LossOutput",
     "MaskKey",
+    "PackedStore",
     "Packing",
     "PlanSpec",
     "StateError",
@@ -104,4 +110,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted({*globals(), *__all__, *_MODULE_OF})

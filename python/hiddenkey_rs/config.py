@@ -95,7 +95,7 @@ class HiddenDrop(Serialisable):
         choice(self.pattern, PATTERNS, "hidden pattern")
         choice(self.start, STARTS, "start")
         object.__setattr__(self, "rate", check_rate(self.rate, "hidden rate"))
-        if self.rescale not in (None, True, False):
+        if not isinstance(self.rescale, bool | None):
             raise ConfigError(f"rescale must be true, false or null (got {self.rescale!r}); null follows the pattern")
         if self.start == "attention" and self.pattern != "span":
             raise ConfigError(
@@ -194,13 +194,25 @@ class HiddenKeyConfig(Serialisable):
 
     @classmethod
     def preset(cls, name: str, rate: float | None = None, **changes: Any) -> HiddenKeyConfig:
-        """A named cell of the paper's grid. ``rate`` replaces every rate of it, ``changes`` any field.
+        """A named cell of the paper's grid. ``rate``, in [0, 1), replaces every rate of it, ``changes`` any field.
 
         ``none``; ``{dropkey,dropattention,hiddencut}-{element,column,span}``; ``hiddenkey-minus`` (column DropKey +
         element HiddenCut), ``hiddenkey`` (+ kl), ``hiddenkey-js``, ``hiddenkey-input``, ``hiddenkey-output`` (minus +
         that position); ``r-drop`` (two passes on the model's own dropout, both with gradient).
+
+        Raises:
+            ConfigError: an unknown name or field, a rate out of range, or one for a preset without rates.
+
+        Example:
+            >>> HiddenKeyConfig.preset("dropkey-span", rate=0.15, seed=7).attention
+            AttentionDrop(position='dropkey', pattern='span', rate=0.15, heads='group')
         """
         choice(name, PRESETS, "preset")
+        if rate is not None and name in _RATELESS:
+            raise ConfigError(
+                f"the preset {name!r} drops nothing by itself (got rate={shown(rate)}); leave the rate out, or set the "
+                "model's own dropout"
+            )
         arguments = _preset(name, {} if rate is None else {"rate": rate})
         unknown = set(changes) - set(cls.__dataclass_fields__)
         if unknown:
@@ -218,6 +230,7 @@ _PARTS: dict[str, type[Serialisable]] = {
     "consistency": Consistency,
 }
 _SINGLE = tuple(f"{position}-{pattern}" for position in (*POSITIONS, "hiddencut") for pattern in PATTERNS)
+_RATELESS = ("none", "r-drop")
 PRESETS = (
     "none",
     *_SINGLE,

@@ -147,7 +147,8 @@ def element(
         A mask of shape (B, heads, rows, columns).
 
     Raises:
-        ConfigError: a rate, extent or key out of range, a mask too large for memory. DataError: sample ids that are none.
+        ConfigError: a rate, extent or key out of range, a mask too large for memory.
+        DataError: sample ids that are not integers in [0, 2**40).
 
     Example:
         >>> element(MaskKey(seed=1), [0, 1], rows=2, columns=3, rate=0.5).to_bool().shape

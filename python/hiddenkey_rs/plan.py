@@ -129,7 +129,8 @@ def plan_step(
         columns: of every mask; default max(lengths).
 
     Raises:
-        ConfigError: a config or extent out of range. DataError: ids or lengths that are none, or do not pair up.
+        ConfigError: a config or extent out of range.
+        DataError: ids or lengths that are no integers in their range, or do not pair up.
 
     Example:
         >>> plan = plan_step("hiddenkey", step=3, sample_ids=[7, 9], lengths=[5, 4], layers=2, heads=4)

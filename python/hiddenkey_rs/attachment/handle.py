@@ -122,7 +122,27 @@ def _undo(
 
 
 class Handle:
-    """A config attached to a model: steps, losses, the report, and the way back. Made by :func:`attach`."""
+    """A config attached to a model: steps, losses, the report, and the way back. Made by :func:`attach`.
+
+    Attributes:
+        model: what was attached to. base: the transformers model inside it.
+        config: what is dropped. impl: who computes attention.
+        last: the :class:`~hiddenkey_rs.LossOutput` of the last :meth:`loss` or :meth:`compute`, ``None`` before.
+
+    Example:
+        >>> import torch, transformers
+        >>> import hiddenkey_rs as hk
+        >>> shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        >>> bert = transformers.BertConfig(vocab_size=50, **shape)
+        >>> model = transformers.BertForSequenceClassification(bert).train()
+        >>> handle = hk.attach(model, "hiddenkey", stock_dropout="off")
+        >>> with handle.step(0, sample_ids=[4, 9]):
+        ...     loss = handle.loss(input_ids=torch.ones(2, 8, dtype=torch.int64), labels=torch.tensor([0, 1]))
+        >>> loss.backward()
+        >>> sorted(handle.realised())
+        ['attention', 'ffn']
+        >>> handle.detach()
+    """
 
     def __init__(self, model: nn.Module, config: HiddenKeyConfig, stock_dropout: str, impl: str) -> None:
         if not isinstance(config, HiddenKeyConfig):
@@ -228,6 +248,7 @@ class Handle:
                 document, (batch, length).
 
         Raises:
+            ConfigError: ``step`` outside [0, 2**32).
             DataError: ids missing, of another kind, or out of range.
             StateError: detached, already inside a step, or a module that drops was replaced.
         """
@@ -249,6 +270,7 @@ class Handle:
             DataError: no labels, or rows that are not those of the step.
             StateError: detached, or outside a step.
             ConfigError: a head that the consistency term has no meaning for.
+            UnsupportedModelError: attention that the first pass shows to be none of those that can be dropped from.
         """
         return self.compute(batch).loss
 
@@ -271,7 +293,8 @@ class Handle:
                 Of question answering, labels are where answers start and end, (batch, 2).
 
         Raises:
-            What :meth:`loss` raises; ConfigError: a ``model`` that runs copies of the attached one (DataParallel).
+            What :meth:`loss` raises; UnsupportedModelError: a ``model`` that runs copies of the attached one
+            (DataParallel), or that flattens its weights (FSDP's first version).
         """
         self._require_attached()
         self.session.require_step()

@@ -134,7 +134,7 @@ class Schedule:
         Raises:
             ConfigError: an argument out of its range, none or both of ``batch_size`` and ``token_budget``, a window
                 that is no multiple of ``batch_size``, nothing left after ``tail="drop"``.
-            DataError: no samples, lengths that are none, a sample longer than ``token_budget``.
+            DataError: no samples, lengths that are not integers in range, a sample longer than ``token_budget``.
         """
         size, lengths = read_data(data)
         if (batch_size is None) == (token_budget is None):

@@ -9,11 +9,11 @@ from typing import Any
 from ..errors import ConfigError
 
 _DECODING = {
-    "beams": "texts kept in the search (default: 10)",
+    "beams": "beams of the search (default: 10)",
     "length_penalty": "power of the length that a text's log-probability is divided by (default: the paper's)",
-    "no_repeat": "no run of so many tokens twice in a text, 0: any may (default: 4)",
-    "max_new_tokens": "of a text (default: 128)",
-    "batch_size": "sources at once (default: 16)",
+    "no_repeat": "forbid repeated N-grams of tokens, 0 allows them (default: 4)",
+    "max_new_tokens": "longest generated text, in tokens (default: 128)",
+    "batch_size": "sources of a batch (default: 16)",
 }
 
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("test", "dev"),
         help="generate a text for every source of these rows into the run's generated-*.jsonl, and score them",
     )
-    group.add_argument("--limit", type=int, metavar="N", help="of so many sources, the first (default: all)")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N sources (default: all)")
     for name, text in _DECODING.items():
         kind = float if name == "length_penalty" else int
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = f"--{item.name.replace('_', '-')}"
         kind, many, _ = field_kind(item.name)
         text = item.metadata["help"]
+        if item.metadata["choices"]:
+            text += f": {', '.join(item.metadata['choices'])}"
         if item.default not in (None, (), False):
             default: Any = item.default
             text += f" (default: {' '.join(default) if many else default})"

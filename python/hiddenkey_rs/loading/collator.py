@@ -42,7 +42,8 @@ class Collator:
         position_ids: whether padded batches bring them (0 at padding). Joined documents always do.
         pin_memory, buffers: write into ``buffers`` page-locked buffers that take turns: the tensors of a batch are valid
             until ``buffers`` more batches were made. ``buffers=0``: new memory for each. Not in a loader's workers.
-        plan: a :class:`PlanSpec`: the batch brings its :class:`StepPlan` under ``"mask_plan"``.
+        plan: a :class:`PlanSpec`: the batch brings its :class:`StepPlan` under ``"mask_plan"``, for models of one's own.
+            Attached models plan by themselves, and the Trainers leave it aside.
         vocabulary: how many ids the model knows; one beyond is an error. Ids below 0 always are.
         cu_seqlens: whether packed batches bring the boundaries of their documents. Flat ones always do.
 

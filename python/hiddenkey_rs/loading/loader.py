@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..batches.checks import check_integer
+from ..batches.schedule import Tail
 from ..errors import ConfigError, HiddenKeyError
 from ..masks import set_num_threads
 from .collator import Collator
@@ -90,7 +91,7 @@ def build_dataloader(
     epoch: int = 0,
     shuffle: bool = True,
     window: int | None = None,
-    tail: Any = "pad",
+    tail: Tail = "pad",
     num_workers: int = 0,
     multiprocessing_context: Any = None,
     pin_memory: bool | None = None,
@@ -126,7 +127,7 @@ def build_dataloader(
         was not broken off is followed by the next epoch. The global random state of torch is left alone.
 
     Raises:
-        ConfigError: arguments out of range, or at odds with one another. DataError: of the store's lengths.
+        ConfigError: arguments out of range, or at odds with one another. DataError: a length that the sampler refuses.
         HiddenKeyError: ``stateful`` without torchdata.
 
     Example:

@@ -82,7 +82,7 @@ class BatchSampler:
 
     Raises:
         ConfigError: an argument out of its range or at odds with another. DataError: no samples, lengths that are
-            none, a sample longer than ``token_budget``.
+            not integers in range, a sample longer than ``token_budget``.
 
     Example:
         >>> sampler = BatchSampler([5, 9, 7, 2, 4], batch_size=2, rank=0, world_size=2)
@@ -153,7 +153,7 @@ class BatchSampler:
 
     @contextmanager
     def running_ahead(self) -> Iterator[None]:
-        """Iterators that are made within are exhausted by prefetching: to whom they are delivered says :meth:`finish`.
+        """Iterators made inside run ahead of training (prefetching); whoever delivers their batches calls :meth:`finish`.
 
         The next epoch would else begin when a loader's workers have been told the last rows, batches before its user has
         seen them.

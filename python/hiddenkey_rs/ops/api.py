@@ -50,10 +50,7 @@ def dropped_attention(
         ConfigError: an unknown ``impl`` or position, or an explicit ``impl`` that cannot compute this.
     """
     choice(impl, IMPLEMENTATIONS, "impl")
-    if impl == "triton":
-        raise ConfigError(
-            "Triton's kernels take documents, not masks (got impl='triton'); call triton_attention.attention"
-        )
+    _refuse_kernels(impl)
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
@@ -105,6 +102,14 @@ def worth_gathering(queries: int, keys: int, rate: float) -> bool:
     most = keys * (1 - rate) + 1.6 * math.sqrt(keys * rate * (1 - rate))
     places = min(-(-most // compact.PLACES) * compact.PLACES, keys)
     return (1 - places / max(keys, 1)) * queries >= GATHER_COST
+
+
+def _refuse_kernels(impl: str) -> None:
+    if impl == "triton":
+        raise ConfigError(
+            "Triton's kernels take documents, not masks (got impl='triton'); use hiddenkey_rs.attach(..., impl='triton'), "
+            "or call ops.triton_attention.attention"
+        )
 
 
 def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
@@ -203,15 +208,17 @@ def attention(
         torch.Size([2, 4, 5, 8])
     """
     choice(impl, IMPLEMENTATIONS, "impl")
+    _refuse_kernels(impl)
     choice(position, reference.POSITIONS, "attention position")
     obstacle = sdpa.obstacle(position, bias, softcap, sinks)
     if impl == "sdpa" and obstacle is not None:
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
-    if impl in ("compact", "blocked", "triton"):
+    if impl in ("compact", "blocked"):
         raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
     if impl == "auto" and obstacle is None and kept is not None and _fits_blocks(query, kept, dropout):
         everything = kept.new_ones(1, 1, 1, kept.shape[3])
-        return _in_blocks(query, key, value, kept, everything, "all", scaling or query.shape[-1] ** -0.5)[0]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _in_blocks(query, key, value, kept, everything, "all", scale)[0]
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)
     return reference.attention(

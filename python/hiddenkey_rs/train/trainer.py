@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -26,8 +26,13 @@ from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
 from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
 
+if TYPE_CHECKING:  # the mixin is read as what it stands in front of; it has no base, so that it fits every Trainer
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
-class HiddenKeyTrainerMixin:
+
+class HiddenKeyTrainerMixin(_Trainer):
     """Put in front of any ``transformers.Trainer`` class.
 
     Takes the Trainer's arguments and:
@@ -45,9 +50,34 @@ class HiddenKeyTrainerMixin:
 
     On several ranks all of this is over all of them, whatever ``average_tokens_across_devices`` says. Before the first
     step they compare what they hold.
+
+    Raises:
+        ConfigError: arguments at odds with each other, with the launcher or with accelerate.
+        DataError: examples without ids, ids beyond the vocabulary, a part of a token store.
+        UnsupportedModelError: a model that cannot be attached to.
+        StateError: from ``train(resume_from_checkpoint=...)``, where going on would train something else.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        >>> bert = transformers.BertConfig(vocab_size=50, **shape)
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+        ...     trainer = HiddenKeyTrainer(
+        ...         model=transformers.BertForSequenceClassification(bert),
+        ...         args=transformers.TrainingArguments(out, max_steps=1, logging_strategy="no", **settings),
+        ...         train_dataset=[{"input_ids": [5, n, 7], "labels": n % 2} for n in range(8)],
+        ...         config="hiddenkey",
+        ...         stock_dropout="off",
+        ...     )
+        ...     steps = trainer.train().global_step  # doctest: +ELLIPSIS
+        {...}
+        >>> steps
+        1
     """
 
     handle: Handle
+    train_dataset: Any
 
     def __init__(
         self,
@@ -72,14 +102,14 @@ class HiddenKeyTrainerMixin:
                     earlier.put_back()
                 raise
         super().__init__(*args, **kwargs)
-        self._loader = Loader.of(loader, is_store(self.train_dataset))  # type: ignore[has-type]
+        self._loader = Loader.of(loader, is_store(self.train_dataset))
         check_loader(self, self._loader)
-        if getattr(self.train_dataset, "too_long", None) == "split":  # type: ignore[has-type]
+        if getattr(self.train_dataset, "too_long", None) == "split":
             check_split(config)
-        self.train_dataset = with_sample_ids(self.train_dataset)  # type: ignore[has-type]
+        self.train_dataset = with_sample_ids(self.train_dataset)
         self.data_collator = StoreCollator.around(self)
         # Not earlier, as some trainers wrap their model or change its config.
-        self.handle = self._attach(self.model)  # type: ignore[attr-defined]
+        self.handle = self._attach(self.model)
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -92,7 +122,7 @@ class HiddenKeyTrainerMixin:
         """A fresh model (hyperparameter search): what was attached to the last one moves over."""
         if hasattr(self, "handle"):  # first: the new model may be made from a config of the old one
             self.handle.detach()
-        model = super().call_model_init(trial)  # type: ignore[misc]
+        model = super().call_model_init(trial)
         if hasattr(self, "handle"):
             self.handle = self._attach(model)
         return model
@@ -109,7 +139,7 @@ class HiddenKeyTrainerMixin:
         collator = self.data_collator
         self.data_collator = StoreCollator.with_ids(collator)
         try:
-            loader = super().get_train_dataloader()  # type: ignore[misc]
+            loader = super().get_train_dataloader()
         finally:
             self.data_collator = collator
         with ranks.together():
@@ -124,17 +154,17 @@ class HiddenKeyTrainerMixin:
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, StoreCollator):  # a store holds nothing that a batch does not
             return data_collator
-        return super()._get_collator_with_removed_columns(data_collator, description)  # type: ignore[misc]
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _compare_ranks(self, loader: Any) -> None:
         """Before anything is shared: every rank trains the same, on the same data, for as many steps."""
         if ranks.world_size() > 1:
             config, (_, stock_dropout, _) = self.handle.config, self._hiddenkey
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             late = getattr(plugin, "cpu_ram_efficient_loading", False)  # then the first rank alone has read its weights
             ranks.check_same(
                 {
-                    **run_parts(config, stock_dropout, self.args, None if late else self.model),  # type: ignore[attr-defined]
+                    **run_parts(config, stock_dropout, self.args, None if late else self.model),
                     **data_parts(self.train_dataset),
                     "number of micro-batches": str(len(loader)) if has_length(loader) else "unknown",
                     "checkpoint": os.path.basename(self._checkpoint or "none"),
@@ -143,9 +173,9 @@ class HiddenKeyTrainerMixin:
             )
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        if SAMPLE_ID not in self._signature_columns:  # type: ignore[attr-defined]
-            self._signature_columns.extend((SAMPLE_ID, SAMPLE_POSITION))  # type: ignore[attr-defined]
+        super()._set_signature_columns_if_needed()
+        if SAMPLE_ID not in self._signature_columns:
+            self._signature_columns.extend((SAMPLE_ID, SAMPLE_POSITION))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one optimiser step, and how many rows of all of them carry loss (on every rank)."""
@@ -155,14 +185,14 @@ class HiddenKeyTrainerMixin:
         total = torch.as_tensor(sum(counts), device=device)
         if self._scale() > 1:
             mine = torch.stack([total, torch.full_like(total, len(batches))])
-            every = self.accelerator.gather(mine[None])  # type: ignore[attr-defined]
-            ranks.check_even(every[:, 1].tolist(), self.state.global_step)  # type: ignore[attr-defined]
+            every = self.accelerator.gather(mine[None])
+            ranks.check_even(every[:, 1].tolist(), self.state.global_step)
             return batches, every[:, 0].sum()
         return batches, total if counts else None
 
     def _scale(self) -> int:
         """By how much the averaging of gradients over ranks shrinks a loss that is a sum over all of them."""
-        return int(self.accelerator.num_processes)  # type: ignore[attr-defined]
+        return int(self.accelerator.num_processes)
 
     # -- losses -----------------------------------------------------------------------------------------------------
 
@@ -174,9 +204,9 @@ class HiddenKeyTrainerMixin:
         sample_ids, positions = inputs.pop(SAMPLE_ID, None), inputs.pop(SAMPLE_POSITION, None)
         inputs.pop(PLAN, None)
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._without_cache(inputs, sample_ids)
-        with self.handle.step(self.state.global_step, sample_ids, positions):  # type: ignore[attr-defined]
+        with self.handle.step(self.state.global_step, sample_ids, positions):
             result = self.handle.compute(
                 inputs, num_items_in_batch, model=model, task_loss=self._task_loss("labels" in inputs)
             )
@@ -188,10 +218,10 @@ class HiddenKeyTrainerMixin:
 
     def _task_loss(self, labelled: bool) -> Any:
         """The user's own loss or label smoothing, as a function of (outputs, labels); ``None`` = the model's loss."""
-        custom = self.compute_loss_func  # type: ignore[attr-defined]
+        custom = self.compute_loss_func
         if custom is not None:  # as the Trainer calls it where targets have other names
             return lambda outputs, labels: custom(outputs, labels if labelled else None, num_items_in_batch=None)
-        smoother = self.label_smoother  # type: ignore[attr-defined]
+        smoother = self.label_smoother
         if smoother is not None and labelled:
             return lambda outputs, labels: smoother(outputs, labels, shift_labels=self.handle.shifts_labels)
         return None
@@ -201,7 +231,7 @@ class HiddenKeyTrainerMixin:
         sample_ids = inputs.get(SAMPLE_ID)
         inputs = {name: value for name, value in inputs.items() if name not in (SAMPLE_ID, SAMPLE_POSITION, PLAN)}
         self._without_cache(inputs, sample_ids)
-        return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def _without_cache(self, inputs: dict[str, Any], sample_ids: Tensor | None) -> None:
         """With a cache, which ``TrainingArguments`` may switch on, transformers lets packed examples see each other."""
@@ -215,14 +245,14 @@ class HiddenKeyTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's logs, with both terms (means over the steps since the last log) and the measured rates."""
-        steps = self.state.global_step - self._window["step"]  # type: ignore[attr-defined]
+        steps = self.state.global_step - self._window["step"]
         if "loss" in logs and steps > 0:
             terms, counts = ranks.summed(self._terms()), ranks.summed(self.handle.counted())
             rates = {f"realised_rate_{site}": dropped / of for site, (dropped, of) in counts.items() if of}
             logs = {**logs, **{name: total / steps for name, (total,) in terms.items()}, **rates}
-            self._window = {"step": self.state.global_step}  # type: ignore[attr-defined]
+            self._window = {"step": self.state.global_step}
             self.handle.reset_counts()
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _terms(self) -> dict[str, tuple[float, ...]]:
         return {name: (float(total),) for name, total in self._window.items() if name != "step"}
@@ -231,9 +261,9 @@ class HiddenKeyTrainerMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The Trainer's save, and ``hiddenkey_config.json`` beside the adapter."""
-        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
-        if self.args.should_save:  # type: ignore[attr-defined]
-            folder = output_dir or self.args.output_dir  # type: ignore[attr-defined]
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
             self.handle.config.save_pretrained(folder)
             if _internal_call and self._stream is not None:
                 self._stream.save(folder)
@@ -244,21 +274,21 @@ class HiddenKeyTrainerMixin:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
         with ranks.together():
             self._begin = 0
-            vars(self).pop("_data", None)
+            self.__dict__.pop("_data", None)
             self._checkpoint = self._resumed(resume_from_checkpoint) if resume_from_checkpoint else None
-        return super().train(self._checkpoint, *args, **kwargs)  # type: ignore[misc]
+        return super().train(self._checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's loop; it begins anew with a smaller batch where memory ran out (``auto_find_batch_size``)."""
         self._window = {"step": self._begin}
         self.handle.reset_counts()
-        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        return super()._inner_training_loop(*args, **kwargs)
 
     @cached_property
     def _data(self) -> dict[str, str]:
-        """What the stock loader's order is of: the rows, the seed of their order, and how many a step takes. Of one training."""
-        arguments: Any = self.args  # type: ignore[attr-defined]
-        found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))  # type: ignore[has-type]
+        """What fixes the stock loader's order: rows, seed, rows a step. Worked out once a training."""
+        arguments: Any = self.args
+        found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))
         found["order's seed"] = str(arguments.seed if arguments.data_seed is None else arguments.data_seed)
         if not arguments.auto_find_batch_size:
             found["number of rows a step"] = str(
@@ -267,7 +297,7 @@ class HiddenKeyTrainerMixin:
         return found
 
     def _resumed(self, checkpoint: str | bool) -> str:
-        folder = self.args.output_dir  # type: ignore[attr-defined]
+        folder = self.args.output_dir
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
         if self._loader is None:
             check_data(found, self._data)

@@ -26,8 +26,8 @@ def searched_rates(study: Study) -> str:
         return ""
     names = ", ".join(f"'{method}'" for method in searched)
     return (
-        f"Only {names} searched {'its learning rate' if len(searched) == 1 else 'their learning rates'}: the other methods ran "
-        "at the plan's, so that a difference between the two says something of learning rates, too."
+        f"Only {names} searched {'its learning rate' if len(searched) == 1 else 'their learning rates'}: the other methods "
+        "ran at the plan's."
     )
 
 
@@ -46,8 +46,8 @@ def unequal_rates(study: Study) -> str:
     if not said:
         return ""
     return (
-        f"Compared methods ran at learning rates of their own, as the search chose: {'; '.join(said)}. There a difference "
-        "between two says something of learning rates, too."
+        f"Compared methods ended at different learning rates: {'; '.join(said)}. There a difference between two is partly one "
+        "of learning rates."
     )
 
 
