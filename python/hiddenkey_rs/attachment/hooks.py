@@ -47,17 +47,17 @@ def _install_stack(session: Session, stack: Stack, number: int) -> list[Removabl
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if module is not stack.module:  # a deep copy of the attached model, which is not attached
             return args, kwargs
-        step: Pass | None = session.prepared_pass(number)
-        if step is None and not torch.compiler.is_compiling():
+        stack_pass: Pass | None = session.prepared_pass(number)
+        if stack_pass is None and not torch.compiler.is_compiling():
             inputs = signature.bind_partial(*args, **kwargs).arguments
             inputs |= inputs.pop("kwargs", {})
-            step = session.new_pass(stack, inputs)
-        session.open(stack, number, step)
-        if step is None:
+            stack_pass = session.new_pass(stack, inputs)
+        session.open(stack, number, stack_pass)
+        if stack_pass is None:
             return args, kwargs
         if kwargs.get("inputs_embeds") is not None or (len(args) > place and args[place] is not None):
-            args, kwargs = _drop_inputs(stack, step, place, args, kwargs)
-        return args, {**kwargs, PASS_KEYWORD: step}
+            args, kwargs = _drop_inputs(stack, stack_pass, place, args, kwargs)
+        return args, {**kwargs, PASS_KEYWORD: stack_pass}
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is stack.module:
@@ -72,15 +72,15 @@ def _install_stack(session: Session, stack: Stack, number: int) -> list[Removabl
 
 def _depth_hook(stack: Stack) -> Callable[..., Any]:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        step: Pass | None = kwargs.get(PASS_KEYWORD)
-        if step is None or DEPTH_KEYWORD in kwargs:
+        stack_pass: Pass | None = kwargs.get(PASS_KEYWORD)
+        if stack_pass is None or DEPTH_KEYWORD in kwargs:
             return args, kwargs
-        if not step.running:
+        if not stack_pass.running:
             raise StateError(
                 f"a shared layer was run again outside its forward pass (got {type(module).__name__}), so its depth is "
                 "unknown; checkpoint the layers inside the group, not the group"
             )
-        call, step.group_calls = step.group_calls, step.group_calls + 1
+        call, stack_pass.group_calls = stack_pass.group_calls, stack_pass.group_calls + 1
         return args, {**kwargs, DEPTH_KEYWORD: call}
 
     return before
@@ -92,54 +92,54 @@ def _ffn_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         if module is not site.module:  # a deep copy's
             return None
-        step: Pass | None = session.prepared_pass(number) if torch.compiler.is_compiling() else None
-        if step is not None:  # a graph replays by itself, so it needs no pass of its own layer's
+        stack_pass: Pass | None = session.prepared_pass(number) if torch.compiler.is_compiling() else None
+        if stack_pass is not None:  # a graph replays by itself, so it needs no pass of its own layer's
             depth = site.layer.depth if shared else site.layer.index
         else:
-            step, depth = site.layer.current, site.layer.depth
-        if step is None or not module.training or depth not in site.drops:
+            stack_pass, depth = site.layer.current, site.layer.depth
+        if stack_pass is None or not module.training or depth not in site.drops:
             return None
         if isinstance(output, tuple):  # GPT-OSS returns (hidden states, router scores)
-            return (_cut(step, site, depth, output[0]), *output[1:])
-        return _cut(step, site, depth, output)
+            return (_cut(stack_pass, site, depth, output[0]), *output[1:])
+        return _cut(stack_pass, site, depth, output)
 
     return after
 
 
-def _cut(step: Pass, site: Site, depth: int, hidden: Tensor) -> Tensor:
+def _cut(stack_pass: Pass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     drop = site.drops[depth]
     # OPT flattens batch and length before its FFN.
-    states = hidden.reshape(*step.tokens.document.shape, hidden.shape[-1])
-    output, kept = drop_tokens(step, site, drop, depth, states)
-    total = step.tokens.real.count_nonzero()
-    _note(step, site, depth, kept, total * hidden.shape[-1] if drop.pattern == "element" else total)
+    states = hidden.reshape(*stack_pass.tokens.document.shape, hidden.shape[-1])
+    output, kept = drop_tokens(stack_pass, site, drop, depth, states)
+    total = stack_pass.tokens.real.count_nonzero()
+    _note(stack_pass, site, depth, kept, total * hidden.shape[-1] if drop.pattern == "element" else total)
     return output.view(hidden.shape)
 
 
-def _note(step: Pass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
+def _note(stack_pass: Pass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
     """Count what was dropped of what is real."""
-    step.visit(site)
-    step.count(site, depth, total - kept, total)
+    stack_pass.visit(site)
+    stack_pass.count(site, depth, total - kept, total)
 
 
 def _input_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
     def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        step = session.running(number)
-        return None if step is None or not module.training else _cut(step, site, 0, output)
+        stack_pass = session.running(number)
+        return None if stack_pass is None or not module.training else _cut(stack_pass, site, 0, output)
 
     return after
 
 
 def _drop_inputs(
-    stack: Stack, step: Pass, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    stack: Stack, stack_pass: Pass, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The input position for callers that pass embeddings instead of ids: the embedding module never runs then."""
     site = next(site for site in stack.sites if site.kind == "input")
     if not site.drops:
         return args, kwargs
     if kwargs.get("inputs_embeds") is not None:
-        return args, {**kwargs, "inputs_embeds": _cut(step, site, 0, kwargs["inputs_embeds"])}
-    return (*args[:place], _cut(step, site, 0, args[place]), *args[place + 1 :]), kwargs
+        return args, {**kwargs, "inputs_embeds": _cut(stack_pass, site, 0, kwargs["inputs_embeds"])}
+    return (*args[:place], _cut(stack_pass, site, 0, args[place]), *args[place + 1 :]), kwargs
 
 
 def _head_hook(session: Session, head: Head) -> Callable[..., Any]:
@@ -159,23 +159,23 @@ def _output_hook(session: Session, site: Site) -> Callable[..., Any]:
         if module is not site.module or not args or not isinstance(args[0], Tensor):
             return None
         hidden = args[0]
-        step = session.last_pass
-        if step is not None and module.training and 0 in site.drops:
-            hidden = _drop_output(step, site, site.drops[0], hidden)
+        stack_pass = session.last_pass
+        if stack_pass is not None and module.training and 0 in site.drops:
+            hidden = _drop_output(stack_pass, site, site.drops[0], hidden)
         session.see_features(hidden)
         return (hidden, *args[1:]), kwargs
 
     return before
 
 
-def _drop_output(step: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tensor:
+def _drop_output(stack_pass: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> Tensor:
     if hidden.dim() == 3:
-        if hidden.shape[:2] != step.tokens.document.shape:
+        if hidden.shape[:2] != stack_pass.tokens.document.shape:
             raise DataError(
                 f"the head receives other tokens than the batch holds (got {tuple(hidden.shape[:2])} for "
-                f"{tuple(step.tokens.document.shape)}); the output position needs every token's hidden state"
+                f"{tuple(stack_pass.tokens.document.shape)}); the output position needs every token's hidden state"
             )
-        return _cut(step, site, 0, hidden)
-    output, kept = drop_pooled(step, site, drop, hidden)
-    _note(step, site, 0, kept, kept.new_full((), hidden.numel()))
+        return _cut(stack_pass, site, 0, hidden)
+    output, kept = drop_pooled(stack_pass, site, drop, hidden)
+    _note(stack_pass, site, 0, kept, kept.new_full((), hidden.numel()))
     return output

@@ -108,49 +108,49 @@ def hiddenkey_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer. query (B, H, Q, D); key, value (B, Hkv, K, D) -> (B, Q, H, D) and no weights."""
-    step: Pass | None = kwargs.pop(PASS_KEYWORD, None)
+    stack_pass: Pass | None = kwargs.pop(PASS_KEYWORD, None)
     call = kwargs.pop(DEPTH_KEYWORD, None)
-    site = step.sites.get(module) if step is not None else None
-    if step is None:
+    site = stack_pass.sites.get(module) if stack_pass is not None else None
+    if stack_pass is None:
         _check_outside(module)
-    if step is None or site is None:
+    if stack_pass is None or site is None:
         extra = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
         given = {name: value for name, value in extra.items() if value is not None}
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given, **kwargs)
     layer = site.layer
     depth = layer.index if call is None else call * site.stack.inner + layer.index  # type: ignore[union-attr]
-    in_graph = isinstance(step, PreparedPass) and torch.compiler.is_compiling()
+    in_graph = isinstance(stack_pass, PreparedPass) and torch.compiler.is_compiling()
     if not in_graph:
-        layer.current = step
+        layer.current = stack_pass
     if not in_graph or call is not None:  # a graph may not change anything inside a checkpointed layer
         layer.depth = depth
     if query.dtype != value.dtype and torch.is_autocast_enabled(value.device.type):
         # Rotary tables in float32 make queries and keys wider than values; torch's own attention casts them back.
         query, key = query.to(value.dtype), key.to(value.dtype)
     allowed, bias = allowed_and_bias(attention_mask, position_bias)
-    if step.suspect:
-        check_apart(step, site, allowed)
-    step.visit(site)
+    if stack_pass.suspect:
+        check_apart(stack_pass, site, allowed)
+    stack_pass.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth) if module.training else None  # part of a model may be out of training
-    if step.impl == "triton":
+    if stack_pass.impl == "triton":
         tensors = (query, key, value)
         # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
         window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        output = attend(step, site, drop, depth, module, tensors, attention_mask, dropout, window, how)
+        output = attend(stack_pass, site, drop, depth, module, tensors, attention_mask, dropout, window, how)
         return output.transpose(1, 2).contiguous(), None
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
-        impl = step.impl if step.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
+        impl = stack_pass.impl if stack_pass.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
         output = ops.attention(query, key, value, allowed=allowed, kept=allowed, dropout=dropout, impl=impl, **how)
         return output.transpose(1, 2).contiguous(), None
     heads = key.shape[1] if drop.heads == "group" else query.shape[1]
-    keep = attention_keep(step, site, drop, depth, heads, query.shape[2], key.shape[2])
+    keep = attention_keep(stack_pass, site, drop, depth, heads, query.shape[2], key.shape[2])
     _note_received(site, query, key, allowed, keep, **how)
     rescue = "all" if site.kind == "cross-attention" else "own"
     by_row = allowed is None or allowed.shape[1:3] == (1, 1)  # all queries of a document see the same keys
-    if by_row and isinstance(step, StackPass) and step.keeps_some(site, drop, depth):
+    if by_row and isinstance(stack_pass, StackPass) and stack_pass.keeps_some(site, drop, depth):
         rescue = "none"  # known from the plan: masks of one row stay so, and no device is asked
     output, dropped, total = ops.dropped_attention(
         query,
@@ -162,10 +162,10 @@ def hiddenkey_attention(
         rate=drop.realised,
         position=drop.position,
         dropout=dropout,
-        impl=step.impl,
+        impl=stack_pass.impl,
         **how,
     )
-    step.count(site, depth, dropped, total)
+    stack_pass.count(site, depth, dropped, total)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -35,7 +35,7 @@ def check_kernels(model: nn.Module, config: HiddenKeyConfig) -> None:
 
 
 def attend(
-    step: Pass,
+    stack_pass: Pass,
     site: Site,
     drop: SiteDrop | None,
     depth: int,
@@ -58,40 +58,40 @@ def attend(
     causal = not cross and bool(getattr(module, "is_causal", False))
     # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
     width = None if cross else window
-    if mask is not None and (cross or not _says_the_documents(step, mask, causal, width)):
+    if mask is not None and (cross or not _says_the_documents(stack_pass, mask, causal, width)):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
-    if not isinstance(step, StackPass):
+    if not isinstance(stack_pass, StackPass):
         reason = "the model is compiled"
-    if reason is not None or not isinstance(step, StackPass):
+    if reason is not None or not isinstance(stack_pass, StackPass):
         raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
     settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
-    counted = drop is not None and step.counts(site)
+    counted = drop is not None and stack_pass.counts(site)
     if drop is not None:
         settings |= {"position": drop.position, "heads": drop.heads, "count": counted}
         heads = key.shape[1] if drop.heads == "group" else query.shape[1]
         if drop.pattern == "element":
-            settings |= {"keys": step.keys(site, depth), "threshold": drop.threshold}
+            settings |= {"keys": stack_pass.keys(site, depth), "threshold": drop.threshold}
         else:
-            settings |= {"keep": planned_columns(step, site, drop, depth, heads), "rate": drop.realised}
-    documents = step.documents(site)
+            settings |= {"keep": planned_columns(stack_pass, site, drop, depth, heads), "rate": drop.realised}
+    documents = stack_pass.documents(site)
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
-        pairs = _allowed_pairs(step.tokens, step.column_tokens(site), causal, width)
+        pairs = _allowed_pairs(stack_pass.tokens, stack_pass.column_tokens(site), causal, width)
         total = kept.new_full((), query.shape[1] * pairs)  # written there: a copy would make the host wait
-        step.count(site, depth, total - kept, total)
+        stack_pass.count(site, depth, total - kept, total)
     return output
 
 
-def _says_the_documents(step: Pass, mask: Tensor, causal: bool, window: int | None) -> bool:
+def _says_the_documents(stack_pass: Pass, mask: Tensor, causal: bool, window: int | None) -> bool:
     """Whether a mask allows exactly the pairs of the batch's documents, which the kernels keep to anyway.
 
     Once one of packed rows did, :func:`.interface.hiddenkey_mask` has no more of them made.
     """
-    if not isinstance(step, StackPass):
+    if not isinstance(stack_pass, StackPass):
         return False
-    if any(mask is known for known in step.agreed):  # layers share it
+    if any(mask is known for known in stack_pass.agreed):  # layers share it
         return True
-    document, real = step.tokens.document, step.tokens.real
+    document, real = stack_pass.tokens.document, stack_pass.tokens.real
     length = document.shape[1]
     if mask.dtype != torch.bool or mask.shape != (len(document), 1, length, length):
         return False
@@ -103,8 +103,8 @@ def _says_the_documents(step: Pass, mask: Tensor, causal: bool, window: int | No
         said &= ops.causal(length, length, device=mask.device)[0]
     if not bool(((mask[:, 0] == said) | ~real[:, :, None]).all()):
         return False
-    step.agreed.append(mask)
-    step.apart = step.tokens.packed
+    stack_pass.agreed.append(mask)
+    stack_pass.apart = stack_pass.tokens.packed
     return True
 
 

@@ -143,25 +143,27 @@ Pass = StackPass | PreparedPass
 """What sites take their masks from: drawn as they are asked for, or laid out before the model was called."""
 
 
-def attention_keep(step: Pass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int) -> Tensor:
+def attention_keep(
+    stack_pass: Pass, site: Site, drop: SiteDrop, depth: int, heads: int, queries: int, keys: int
+) -> Tensor:
     """Keep mask of an attention site over the batch: bool (B, heads, 1 or queries, keys), True = keep.
 
     ``heads`` is the number that the mask is drawn for: key/value heads or query heads, as the site says.
     """
-    columns, rows = step.column_tokens(site), step.tokens
+    columns, rows = stack_pass.column_tokens(site), stack_pass.tokens
     if columns.document.shape[1] != keys or (drop.pattern == "element" and rows.document.shape[1] != queries):
         raise DataError(
             f"attention runs over other tokens than the batch holds (got {queries} queries and {keys} keys for "
             f"{rows.document.shape[1]} and {columns.document.shape[1]} tokens); train with use_cache=False"
         )
     if drop.pattern != "element":
-        return step.laid(site, drop, depth, heads)[:, :, None]
-    return step.pairs(site, drop, depth, heads)
+        return stack_pass.laid(site, drop, depth, heads)[:, :, None]
+    return stack_pass.pairs(site, drop, depth, heads)
 
 
-def check_apart(step: Pass, site: Site, allowed: Tensor | None) -> None:
+def check_apart(stack_pass: Pass, site: Site, allowed: Tensor | None) -> None:
     """A :class:`DataError` if documents of a row attend to each other: not every model heeds ``position_ids``."""
-    document, real = step.tokens.document, step.tokens.real
+    document, real = stack_pass.tokens.document, stack_pass.tokens.real
     strange = (document[:, :, None] != document[:, None, :]) & real[:, :, None] & real[:, None, :]
     if allowed is None or bool((strange[:, None] & allowed).any()):
         raise DataError(
@@ -169,62 +171,64 @@ def check_apart(step: Pass, site: Site, allowed: Tensor | None) -> None:
             "here); give a decoder position_ids that restart and use_cache=False, pass a mask of (batch, 1, length, length), "
             "or do not pack for this model"
         )
-    step.suspect, step.apart = False, True
+    stack_pass.suspect, stack_pass.apart = False, True
 
 
-def drop_tokens(step: Pass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def drop_tokens(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states (B, L, D) after this site's dropout, and how many real places (or tokens) were kept, int64 ()."""
-    tokens = step.tokens
+    tokens = stack_pass.tokens
     if drop.pattern != "element":
         guided = drop.start == "attention"
-        keep = guided_keep(step, site, drop, depth) if guided else step.laid(site, drop, depth, 1)[:, 0]
-        rows = ops.triton_hidden.drop_rows if step.impl == "triton" else ops.drop_rows
+        keep = guided_keep(stack_pass, site, drop, depth) if guided else stack_pass.laid(site, drop, depth, 1)[:, 0]
+        rows = ops.triton_hidden.drop_rows if stack_pass.impl == "triton" else ops.drop_rows
         return rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
-    if isinstance(step, StackPass) and step.recorder is not None:
+    if isinstance(stack_pass, StackPass) and stack_pass.recorder is not None:
         # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist: in a replay too,
         # which must store what the forward pass stored.
-        drawn = _drawn(step, site, drop, depth, step.tokens, step.tokens.columns, hidden.shape[-1], 1)[:, 0]
+        drawn = _drawn(
+            stack_pass, site, drop, depth, stack_pass.tokens, stack_pass.tokens.columns, hidden.shape[-1], 1
+        )[:, 0]
         keep = drawn[tokens.document, tokens.position] & tokens.real[..., None]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
-    where = (step.keys(site, depth), tokens.row_samples, tokens.row_positions, drop.threshold, drop.scale)
-    if step.impl == "triton":
+    where = (stack_pass.keys(site, depth), tokens.row_samples, tokens.row_positions, drop.threshold, drop.scale)
+    if stack_pass.impl == "triton":
         return ops.triton_hidden.drop_elements(hidden, *where, count=True)
     return ops.drop_elements(hidden, *where)
 
 
-def drop_pooled(step: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def drop_pooled(stack_pass: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """One vector an example, (B, D), after dropout (row 0 of the element pattern), and how many places were kept."""
-    tokens = step.tokens
+    tokens = stack_pass.tokens
     if tokens.packed:
         raise DataError(
             "the head receives one vector a row, but rows hold several documents (got packed sample ids); "
             "do not pack examples for a classification head"
         )
-    if isinstance(step, StackPass) and step.recorder is not None:
-        keep = _drawn(step, site, drop, 0, step.tokens, 1, hidden.shape[-1], 1)[:, 0, 0]
+    if isinstance(stack_pass, StackPass) and stack_pass.recorder is not None:
+        keep = _drawn(stack_pass, site, drop, 0, stack_pass.tokens, 1, hidden.shape[-1], 1)[:, 0, 0]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
     places = (tokens.sample_ids, torch.zeros_like(tokens.sample_ids))
-    return ops.drop_elements(hidden, step.keys(site, 0), *places, drop.threshold, drop.scale)
+    return ops.drop_elements(hidden, stack_pass.keys(site, 0), *places, drop.threshold, drop.scale)
 
 
-def guided_keep(step: Pass, site: Site, drop: SiteDrop, depth: int) -> Tensor:
+def guided_keep(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int) -> Tensor:
     """Keep mask of an attention-guided HiddenCut span, bool (B, L): it starts at a much-attended token.
 
     Not planned ahead and outside the purity promise: it depends on this forward pass's attention weights.
     """
-    tokens = step.tokens
+    tokens = stack_pass.tokens
     if tokens.packed or site.layer.received is None:
         raise DataError(
             "an attention-guided span needs one document a row and a self-attention in its layer (got packed rows or "
             'no attention); use start="uniform"'
         )
     received = site.layer.received.masked_fill(~tokens.real, -1.0)
-    return ops.guided_span(received, tokens.real, tokens.real_lengths, step.draws(site, depth), drop.threshold)
+    return ops.guided_span(received, tokens.real, tokens.real_lengths, stack_pass.draws(site, depth), drop.threshold)
 
 
-def planned_columns(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+def planned_columns(stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
     """A column or span mask in the documents' own coordinates, bool (documents, heads, columns)."""
-    return _planned(step, site, drop, depth, heads)[:, :, 0]
+    return _planned(stack_pass, site, drop, depth, heads)[:, :, 0]
 
 
 def _runs(tokens: Tokens) -> Documents:
@@ -233,43 +237,45 @@ def _runs(tokens: Tokens) -> Documents:
     return ops.Documents.of_tokens(tokens.samples, tokens.document, tokens.position, tokens.real)
 
 
-def _key(step: StackPass, site: Site, depth: int, branch: int) -> MaskKey:
-    return MaskKey(step.seed, step.step, branch, depth, site.site)
+def _key(stack_pass: StackPass, site: Site, depth: int, branch: int) -> MaskKey:
+    return MaskKey(stack_pass.seed, stack_pass.step, branch, depth, site.site)
 
 
-def _planned(step: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+def _planned(stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
     """A column or span mask out of the step's plan: bool (documents, heads, 1, columns), on the tokens' device."""
-    plan = step.plans[site.kind == "cross-attention"]
-    tokens = step.column_tokens(site)
+    plan = stack_pass.plans[site.kind == "cross-attention"]
+    tokens = stack_pass.column_tokens(site)
     keep = plan.mask(depth, site.site).to_torch(tokens.document.device)
     check_heads(heads, planned=keep.shape[1])
-    if step.recorder is not None and step.counts(site):
+    if stack_pass.recorder is not None and stack_pass.counts(site):
         for branch in tokens.branch_order:
-            _record(step, site, drop, depth, tokens, branch, keep[torch.from_numpy(tokens.branches == branch)])
+            _record(stack_pass, site, drop, depth, tokens, branch, keep[torch.from_numpy(tokens.branches == branch)])
     return keep
 
 
 def _drawn(
-    step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, rows: int, columns: int, heads: int
+    stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, rows: int, columns: int, heads: int
 ) -> Tensor:
     """Element masks of every document, bool (documents, heads, rows, columns), on the tokens' device."""
     device = tokens.document.device
     parts = []
     for branch in tokens.branch_order:
-        key, samples = _key(step, site, depth, branch), tokens.samples[tokens.branches == branch]
+        key, samples = _key(stack_pass, site, depth, branch), tokens.samples[tokens.branches == branch]
         if device.type == "cpu":
             keep = torch.from_numpy(masks.element_bool(key, samples, rows, columns, drop.rate, heads=heads))
         else:
             ids = masks.to_device(torch.from_numpy(samples), device)
             keep = ops.element_keep(key.derive(), ids, rows, columns, drop.threshold, heads)
-        if step.recorder is not None and step.counts(site):
-            _record(step, site, drop, depth, tokens, branch, keep)
+        if stack_pass.recorder is not None and stack_pass.counts(site):
+            _record(stack_pass, site, drop, depth, tokens, branch, keep)
         parts.append(keep)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _record(step: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, branch: int, keep: Tensor) -> None:
-    if step.recorder is not None:
+def _record(
+    stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, tokens: Tokens, branch: int, keep: Tensor
+) -> None:
+    if stack_pass.recorder is not None:
         chosen = tokens.branches == branch
-        key = _key(step, site, depth, branch)
-        step.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))
+        key = _key(stack_pass, site, depth, branch)
+        stack_pass.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))

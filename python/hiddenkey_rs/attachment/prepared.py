@@ -64,9 +64,9 @@ class PreparedPass:
     changed in place, because a graph's results can leave a checkpointed layer in no other way.
     """
 
-    def __init__(self, step: StackPass, slots: Slots, sites: list[Site], counter: Tensor) -> None:
-        self.sites: Mapping[nn.Module, Site] = step.sites
-        self.impl = step.impl
+    def __init__(self, stack_pass: StackPass, slots: Slots, sites: list[Site], counter: Tensor) -> None:
+        self.sites: Mapping[nn.Module, Site] = stack_pass.sites
+        self.impl = stack_pass.impl
         self.running = True
         self.suspect = self.apart = False
         self.group_calls = 0
@@ -75,15 +75,21 @@ class PreparedPass:
         self.left: Any = None
         """What the last of them made in the gradient pass."""
         self.slots, self.counter = slots, counter
-        self.tokens = Places.of(step.tokens)
-        self.encoder_tokens = None if step.encoder_tokens is None else Places.of(step.encoder_tokens)
-        own, cross = step.plans
-        self._planned = (_lay_all(own, step.tokens), _lay_all(cross, step.encoder_tokens or step.tokens))
+        self.tokens = Places.of(stack_pass.tokens)
+        self.encoder_tokens = None if stack_pass.encoder_tokens is None else Places.of(stack_pass.encoder_tokens)
+        own, cross = stack_pass.plans
+        self._planned = (
+            _lay_all(own, stack_pass.tokens),
+            _lay_all(cross, stack_pass.encoder_tokens or stack_pass.tokens),
+        )
         self._heads = {**_first_heads(own), **_first_heads(cross)}
-        self._keys, self._words = _keys(step, slots, sites)
-        self._extents = (_extent(step.tokens, step.tokens), _extent(step.tokens, step.encoder_tokens or step.tokens))
+        self._keys, self._words = _keys(stack_pass, slots, sites)
+        self._extents = (
+            _extent(stack_pass.tokens, stack_pass.tokens),
+            _extent(stack_pass.tokens, stack_pass.encoder_tokens or stack_pass.tokens),
+        )
         self._draws = {
-            (site.kind, depth): step.draws(site, depth)
+            (site.kind, depth): stack_pass.draws(site, depth)
             for site in sites
             for depth, drop in site.drops.items()
             if drop.start == "attention"
@@ -193,18 +199,18 @@ def _first_heads(plan: StepPlan) -> dict[tuple[str, int], tuple[int, int]]:
     return found
 
 
-def _keys(step: StackPass, slots: Slots, sites: list[Site]) -> tuple[Tensor, Tensor]:
+def _keys(stack_pass: StackPass, slots: Slots, sites: list[Site]) -> tuple[Tensor, Tensor]:
     """Keys of all slots, int64 (slots, branches, 2) on the device, and their words, (slots, branches, 5) on the host."""
-    branches = step.tokens.branch_order
+    branches = stack_pass.tokens.branch_order
     keys = np.zeros((len(slots), len(branches), 2), np.int64)
     words = np.zeros((len(slots), len(branches), 5), np.uint64)
     for site in sites:
         for depth in site.drops:
             slot = slots[site.kind, depth]
             for number, branch in enumerate(branches):
-                key = MaskKey(step.seed, step.step, branch, depth, site.site)
+                key = MaskKey(stack_pass.seed, stack_pass.step, branch, depth, site.site)
                 keys[slot, number], words[slot, number] = key.derive(), key.words
-    device = step.tokens.document.device
+    device = stack_pass.tokens.document.device
     return to_device(torch.from_numpy(keys), device), torch.from_numpy(words.view(np.int64))
 
 

@@ -16,8 +16,8 @@ from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .compared import is_for
 from .implementation import Implementation
-from .interface import allowed_and_bias
-from .passes import MaskRecorder, Pass, StackPass, check_apart
+from .inputs import check_told_apart, lets_documents_mix, real_tokens, stack_inputs
+from .passes import MaskRecorder, Pass, StackPass
 from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
 from .tokens import RowFacts, Tokens, from_packed, from_rows
@@ -147,40 +147,40 @@ class Session:
         model = self._model()
         if model is not None and model._compiled_call_impl is not None:  # a graph that broke calls its parts one by one
             refuse(_DIRECT)
-        return self._new_pass(stack, inputs)
+        return self._lay_out(stack, inputs)
 
     def prepared_pass(self, number: int) -> PreparedPass | None:
         """The pass that was laid out for the stack of this number before the model was called."""
         return None if self._prepared is None else self._prepared[number]
 
-    def open(self, stack: Stack, number: int, step: Pass | None) -> None:
-        """A stack's forward pass begins with ``step``, or as the stock model's."""
+    def open(self, stack: Stack, number: int, stack_pass: Pass | None) -> None:
+        """A stack's forward pass begins with ``stack_pass``, or as the stock model's."""
         compiling = torch.compiler.is_compiling()
-        if compiling and step is None and self._wants_masks(stack):
+        if compiling and stack_pass is None and self._wants_masks(stack):
             refuse(_DIRECT)
         # What replays need to find is of no use to a graph, and would make it depend on the step.
-        if step is None or not compiling:
-            packed = self._apart and isinstance(step, StackPass) and step.tokens.packed
+        if stack_pass is None or not compiling:
+            packed = self._apart and isinstance(stack_pass, StackPass) and stack_pass.tokens.packed
             for implementation in self.implementations:
-                implementation.begin(step is not None, packed)
+                implementation.begin(stack_pass is not None, packed)
         if not compiling:
             for layer in stack.layers:
                 layer.current = None
-        self._running[number] = step
-        self.last_pass = step
+        self._running[number] = stack_pass
+        self.last_pass = stack_pass
 
-    def close(self, stack: Stack, number: int, step: Pass | None, failed: bool) -> None:
+    def close(self, stack: Stack, number: int, stack_pass: Pass | None, failed: bool) -> None:
         """A stack's forward pass is over (``failed``: by an exception)."""
-        if step is None or not torch.compiler.is_compiling():
+        if stack_pass is None or not torch.compiler.is_compiling():
             for implementation in self.implementations:
                 implementation.end()
         self._running[number] = None
-        if not isinstance(step, StackPass):
+        if not isinstance(stack_pass, StackPass):
             return
-        step.running = False
-        self._apart = self._apart or step.apart
+        stack_pass.running = False
+        self._apart = self._apart or stack_pass.apart
         if not self._proven and not failed:
-            self._prove_reached(stack, step.reached, step.encoder_tokens is None)
+            self._prove_reached(stack, stack_pass.reached, stack_pass.encoder_tokens is None)
 
     @contextmanager
     def prepared(self, batch: dict[str, Any], compiled: bool) -> Iterator[None]:
@@ -207,9 +207,9 @@ class Session:
             failed = False
         finally:
             self._prepared = None
-            for number, step in enumerate(passes):
-                if step is not None:
-                    self._finish(number, step, failed)
+            for number, stack_pass in enumerate(passes):
+                if stack_pass is not None:
+                    self._finish(number, stack_pass, failed)
 
     def _prepare(self, number: int, batch: dict[str, Any]) -> PreparedPass:
         stack = self.stacks[number]
@@ -221,29 +221,29 @@ class Session:
             }
             batch = batch | laid
         classes = is_for("SequenceClassification", self._model() or stack.module)
-        step = self._new_pass(stack, _inputs(stack, batch, beside=len(self.stacks) > 1, by_token=not classes))
-        if step.suspect:
-            _check_told_apart(stack, step, batch)
+        stack_pass = self._lay_out(stack, stack_inputs(stack, batch, beside=len(self.stacks) > 1, by_token=not classes))
+        if stack_pass.suspect:
+            check_told_apart(stack, stack_pass, batch)
         sites = self._counted(stack)
         slots = slots_of(sites)
         counter = self._counters.get(number)
-        if counter is None or counter.device != step.tokens.document.device:
-            counter = torch.zeros(len(slots), 3, dtype=torch.int64, device=step.tokens.document.device)
+        if counter is None or counter.device != stack_pass.tokens.document.device:
+            counter = torch.zeros(len(slots), 3, dtype=torch.int64, device=stack_pass.tokens.document.device)
             torch._dynamo.mark_static_address(counter)  # or a CUDA graph could not change it in place
             self._counters[number] = counter
-        prepared = PreparedPass(step, slots, sites, counter)
+        prepared = PreparedPass(stack_pass, slots, sites, counter)
         prepared.handed = self.handed.get(number)
         return prepared
 
-    def _finish(self, number: int, step: PreparedPass, failed: bool) -> None:
+    def _finish(self, number: int, stack_pass: PreparedPass, failed: bool) -> None:
         stack = self.stacks[number]
         sites = self._counted(stack)
-        totals = step.finish(sites)
-        self.left[number], step.left, step.handed = step.left, None, None
+        totals = stack_pass.finish(sites)
+        self.left[number], stack_pass.left, stack_pass.handed = stack_pass.left, None, None
         if not self._proven and not failed:
             called = totals[:, 2].tolist()
-            reached = {s for s in sites if any(called[step.slots[s.kind, depth]] for depth in s.drops)}
-            self._prove_reached(stack, reached, step.encoder_tokens is None)
+            reached = {s for s in sites if any(called[stack_pass.slots[s.kind, depth]] for depth in s.drops)}
+            self._prove_reached(stack, reached, stack_pass.encoder_tokens is None)
 
     def _counted(self, stack: Stack) -> list[Site]:
         """The sites that drop in a stack's pass, and the one in front of the head, which the last stack's pass serves."""
@@ -264,7 +264,7 @@ class Session:
             return False
         return (torch.is_grad_enabled() or self.active.force) and not self.active.idle
 
-    def _new_pass(self, stack: Stack, inputs: dict[str, Any]) -> StackPass:
+    def _lay_out(self, stack: Stack, inputs: dict[str, Any]) -> StackPass:
         active = self.require_step()
         tokens = self._tokens(stack, active, inputs)
         encoder = inputs.get("encoder_hidden_states")
@@ -272,7 +272,7 @@ class Session:
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
         self._check_kernels(stack, tokens, inputs.get("attention_mask"))
-        step = StackPass(
+        stack_pass = StackPass(
             self.seed,
             active.step,
             tokens,
@@ -285,11 +285,11 @@ class Session:
                 self._plan(stack.entries[1] if encoder_tokens is not None else (), active, encoder_tokens or tokens),
             ),
         )
-        step.suspect = self._suspect(stack, tokens, inputs.get("attention_mask"))
-        return step
+        stack_pass.suspect = self._suspect(stack, tokens, inputs.get("attention_mask"))
+        return stack_pass
 
     def _check_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> None:
-        if self.impl == "triton" and tokens.crowded and _lets_documents_mix(stack, mask):
+        if self.impl == "triton" and tokens.crowded and lets_documents_mix(stack, mask):
             raise ConfigError(
                 "a 2-D mask beside packed rows asks for documents that see each other, which Triton's kernels keep apart "
                 "(got impl='triton'); leave the mask out and give position_ids that restart, or use impl='auto'"
@@ -299,7 +299,7 @@ class Session:
         """Whether a pass must still show that the documents of a row do not attend to each other."""
         if self._apart or self.impl == "triton" or not tokens.crowded:
             return False
-        return not _lets_documents_mix(stack, mask)
+        return not lets_documents_mix(stack, mask)
 
     def _plan(self, entries: tuple[PlanEntry, ...], active: ActiveStep, tokens: Tokens) -> StepPlan:
         """Every column and span mask of a pass in one call, so that no layer waits for one."""
@@ -344,7 +344,7 @@ class Session:
         for seen, at, facts in self._seen:
             if seen is mask and at == version and facts.real.shape == tokens.shape[:2]:
                 return facts
-        real = _real(mask, tokens)
+        real = real_tokens(mask, tokens)
         if real is None:
             return RowFacts.whole(tokens.shape[0], tokens.shape[1], tokens.device)
         facts = RowFacts.of(real, told=True)
@@ -384,64 +384,5 @@ def refuse(message: str) -> NoReturn:
     raise StateError(message)
 
 
-def _lets_documents_mix(stack: Stack, mask: Tensor | None) -> bool:
-    """A decoder that is given a 2-D mask beside packed rows is asked to (TRL's wrapped packing)."""
-    return stack.role == "decoder" and isinstance(mask, Tensor) and mask.dim() == 2
-
-
 def _is_cross(site: Site) -> bool:
     return site.kind == "cross-attention"
-
-
-def _inputs(stack: Stack, batch: dict[str, Any], beside: bool, by_token: bool) -> dict[str, Any]:
-    """What a stack will receive of a batch.
-
-    ``beside``: it stands beside another one, of an encoder-decoder. ``by_token``: labels, if (B, L), are of tokens.
-    """
-    if not beside or stack.role == "encoder":
-        return batch
-    ids = batch.get("decoder_input_ids")
-    if ids is None and batch.get("decoder_inputs_embeds") is None:
-        # The model makes them: from labels of its tokens, or, under a classification head, from its inputs.
-        labels = batch.get("labels")
-        ids = labels if labels is not None and labels.dim() == 2 and by_token else batch.get("input_ids")
-    memory = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
-    return {
-        "input_ids": ids,
-        "inputs_embeds": batch.get("decoder_inputs_embeds"),
-        "attention_mask": batch.get("decoder_attention_mask"),
-        "encoder_hidden_states": memory,  # only its batch and length are looked at
-        "encoder_attention_mask": batch.get("attention_mask"),
-    }
-
-
-def _real(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Which tokens are no padding, (B, L) bool. Without a 2-D mask every token counts as real: ``None``."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:  # some models take a mapping of 4-D masks
-        return None
-    if mask.shape != tokens.shape[:2]:
-        raise DataError(
-            f"the attention mask covers other tokens than the batch (got {tuple(mask.shape)} for "
-            f"{tuple(tokens.shape[:2])}); train without a cache, one mask entry a token"
-        )
-    return mask.to(torch.bool)
-
-
-def _check_told_apart(stack: Stack, step: StackPass, batch: Mapping[str, Any]) -> None:
-    """A :class:`DataError` unless the batch itself shows that packed documents do not attend to each other.
-
-    A graph cannot look at the mask that reaches attention, as an eager pass does (:func:`.passes.check_apart`).
-    """
-    config: Any = stack.module.config
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        check_apart(step, stack.sites[0], allowed_and_bias(mask, None)[0])
-        return
-    cached = batch.get("use_cache", getattr(config, "use_cache", False))
-    if not stack.spec.tells_documents or batch.get("position_ids") is None or cached:
-        raise DataError(
-            f"a compiled model cannot show that the documents of packed rows do not attend to each other (got "
-            f"{config.model_type!r}, position_ids {'missing' if batch.get('position_ids') is None else 'given'}, use_cache="
-            f"{bool(cached)}); give a decoder position_ids that restart and use_cache=False, or a mask of (batch, 1, length, "
-            "length)"
-        )

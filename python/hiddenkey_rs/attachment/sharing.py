@@ -112,14 +112,14 @@ def _sharing_forward(own: Callable[..., Any], session: Session, number: int, las
     """A shared layer's forward in compiled code."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        step = session.prepared_pass(number)
-        if step is None:
+        stack_pass = session.prepared_pass(number)
+        if stack_pass is None:
             return own(*args, **kwargs)
-        if step.handed is not None:
-            return step.handed
+        if stack_pass.handed is not None:
+            return stack_pass.handed
         output = own(*args, **kwargs)
         if last and torch.is_grad_enabled():
-            step.left = _detached(output)
+            stack_pass.left = _detached(output)
         return output
 
     return forward

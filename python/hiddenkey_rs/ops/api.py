@@ -53,25 +53,12 @@ def dropped_attention(
     _refuse_kernels(impl)
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    general = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
-    shared = allowed is None or allowed.shape[1] == 1
-    by_row = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))
-    if impl in ("compact", "blocked"):
-        different = None if by_row or impl == "blocked" else "queries of a head see different keys"
-        obstacle = general or different or (None if shared or impl == "compact" else "heads are allowed different keys")
-        if obstacle is not None:
-            raise ConfigError(
-                f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'"
-            )
-    if (
-        general is None
-        and by_row
-        and (impl == "compact" or (impl == "auto" and worth_gathering(shape[2], shape[3], rate)))
-    ):
+    obstacle = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
+    path = _path(impl, obstacle, allowed, keep, shape, rate)
+    if path == "compact":
         return _gathered(query, key, value, allowed, keep, rescue, scale)
     keep = reference.repeat_heads(keep, query.shape[1])
-    by_blocks = shared and not by_row and shape[2] >= BLOCKED_QUERIES
-    if general is None and (impl == "blocked" or (impl == "auto" and by_blocks)):
+    if path == "blocked":
         return _in_blocks(query, key, value, allowed, keep, rescue, scale)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
     output = attention(
@@ -92,6 +79,34 @@ def dropped_attention(
         count_pairs(allowed, shape) if allowed is not None else query.new_full((), math.prod(shape), dtype=torch.int64)
     )
     return output, total - count_pairs(kept, shape), total
+
+
+def _path(
+    impl: str, obstacle: str | None, allowed: Tensor | None, keep: Tensor, shape: tuple[int, ...], rate: float
+) -> str:
+    """``"compact"``, ``"blocked"`` or ``"masked"``: how to compute attention under a drawn mask.
+
+    Args:
+        impl: as asked for. obstacle: why neither of the first two can compute it, whatever the mask.
+        shape: (B, H, Q, K). rate: the probability of dropping.
+    """
+    alike = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))  # all queries of a head
+    shared = allowed is None or allowed.shape[1] == 1  # by all heads
+    if impl in ("compact", "blocked"):
+        if impl == "compact" and not alike:
+            obstacle = obstacle or "queries of a head see different keys"
+        if impl == "blocked" and not shared:
+            obstacle = obstacle or "heads are allowed different keys"
+        if obstacle is not None:
+            raise ConfigError(
+                f"this path cannot compute the attention: {obstacle} (got impl={impl!r}); use impl='auto'"
+            )
+        return impl
+    if impl != "auto" or obstacle is not None:
+        return "masked"
+    if alike:
+        return "compact" if worth_gathering(shape[2], shape[3], rate) else "masked"
+    return "blocked" if shared and shape[2] >= BLOCKED_QUERIES else "masked"
 
 
 def worth_gathering(queries: int, keys: int, rate: float) -> bool:
