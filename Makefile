@@ -80,17 +80,22 @@ gpu: ## every kernel against the reference, and the benches, on a CUDA device; u
 
 evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
 
-evidence-generation: runs/small-gpt2/model.safetensors
-evidence-llama: runs/small-llama/model.safetensors
+evidence-generation: runs/small-gpt2/model.safetensors $(VENV)/.captions
+evidence-llama: runs/small-llama/model.safetensors $(VENV)/.captions
 $(PLANS:%=evidence-%): evidence-%: setup
 	@$(BIN)/hiddenkey sweep experiments/small/$*.yaml --data $(DATA) --out experiments/results/$* --jobs $(JOBS) --threads 1
 
 results: | setup ## RESULTS.md and its page from the results at hand; seconds
 	@$(BIN)/hiddenkey report experiments/results/* --data $(DATA) --out runs/evidence --markdown RESULTS.md
 
-# The small decoders; the file is there when their recipe is done.
+# CIDEr, METEOR and the E2E challenge's ROUGE-L: a large package, which nothing else needs.
+$(VENV)/.captions: | setup
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pycocoevalcap
+	@touch $@
+
+# The small decoders; the file is there when their recipe is done. One thread, as the weights depend on their number.
 runs/small-%/model.safetensors: | setup
-	@$(BIN)/python -m hiddenkey_rs.experiments.pretrain --data $(DATA) --out $(@D) --family $*
+	@OMP_NUM_THREADS=1 $(BIN)/python -m hiddenkey_rs.experiments.pretrain --data $(DATA) --out $(@D) --family $*
 
 wheel: setup ## an abi3 wheel in dist/
 	@$(BIN)/maturin build -q --release --out dist

@@ -309,3 +309,20 @@ def test_a_model_that_says_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"all texts are empty \(got 2 of them\)"):
         generate_and_score(silent, tokenizer, grouped(ROWS, E2E), E2E, SHORT, tmp_path / "texts.jsonl")
     assert generation.read_texts(tmp_path / "texts.jsonl")[1] == ["", ""]  # what there was is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_learns_is_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A checkpoint's dtype is its model's: a new head in float16 would become NaN at the first step."""
+    import transformers
+
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.LlamaConfig(vocab_size=300, pad_token_id=0, **shape)
+    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path)
+    models.byte_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = models.load_model(str(tmp_path), tasks.TASKS["mrpc"], 0)
+    assert model.config.pad_token_id == tokenizer.pad_token_id != 0
+    model = models.add_lora(model, tasks.TASKS["mrpc"], 2, 4.0, 0.0, None, 0)
+    learning = {value.dtype for value in model.parameters() if value.requires_grad}
+    assert learning == {torch.float32}
+    assert any("score" in name for name, value in model.named_parameters() if value.requires_grad)

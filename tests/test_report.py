@@ -421,8 +421,8 @@ def test_the_papers_methods_are_found_by_what_they_drop(study: Study, tmp_path: 
 def test_generated_texts_stand_beside_the_papers(tmp_path: Path) -> None:
     study = study_in(tmp_path / "with", {}, TEXTS, _written)
     (table,) = paper_tables(study)
-    assert table.columns == ("method", "perplexity", "bleu, ours", "bleu, paper", "ter")
-    assert [row[2:] for row in table.rows] == [
+    assert table.columns == ("method", "bleu, ours", "bleu, paper", "ter")
+    assert [row[1:] for row in table.rows] == [
         ("62.00 (1.00)", "68.5", "40.00 (0.00)"),
         ("62.00 (1.00)", "69.76", "40.00 (0.00)"),
     ]
@@ -461,10 +461,28 @@ def test_old_lines_say_less_of_their_texts(texts: dict[str, object], said: str, 
     assert said in paper_tables(study)[0].caption
 
 
+def test_a_family_may_be_about_the_texts(tmp_path: Path) -> None:
+    text = TEXTS.replace("against: [hiddenkey]}", "against: [hiddenkey], measure: bleu}")
+    study = study_in(tmp_path / "with", {}, text, _written)
+    first = families(study)[0]
+    assert (first.key, first.caption) == ("bleu", "The family that the plan fixed beforehand.")
+    assert outcome(study, first.found)[1].startswith("Measured by bleu at the chosen epoch")
+    assert "Differences are of bleu" in detail(study, "e2e", first.found).caption
+    without = study_in(tmp_path / "without", {}, text)
+    assert "1 of 1 comparisons lack runs" in outcome(without, families(without)[0].found)[0]
+
+
+def test_texts_that_are_missing_are_said(tmp_path: Path) -> None:
+    texts = {"groups": 200, "split": "test", "empty": 2, "absent": {"cider": "there is no pycocoevalcap"}}
+    study = study_in(tmp_path, {}, TEXTS, lambda line: dataclasses.replace(_written(line), texts=texts))
+    said = paper_tables(study)[0].caption
+    assert said.endswith("12 texts are empty. cider is absent (there is no pycocoevalcap).")
+
+
 def test_a_llama_stands_beside_the_papers_llama(tmp_path: Path) -> None:
     study = study_in(tmp_path, {}, TEXTS.replace("gpt2-tiny", "runs/small-llama"), _written)
     (table,) = paper_tables(study)
-    assert [row[3] for row in table.rows] == ["66.71", "69.02"]
+    assert [row[2] for row in table.rows] == ["66.71", "69.02"]
     assert "LLaMA2-7B" in table.caption
     assert "GPT2" not in table.caption
 

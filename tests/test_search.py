@@ -102,6 +102,9 @@ def test_a_family_may_be_about_the_loss(tmp_path: Path) -> None:
     bad = _written(tmp_path / "bad.yaml", about.replace("measure: loss", "measure: ece"))
     with pytest.raises(hk.ConfigError, match=r"unknown measure 'ece' \(got .*line 13\); use metric"):
         load_plan(bad, "data")
+    bad = _written(tmp_path / "worse.yaml", about.replace("measure: loss", "measure: bleu"))
+    with pytest.raises(hk.ConfigError, match="the measure bleu is of texts, and this plan generates none"):
+        load_plan(bad, "data")
 
 
 def test_a_method_that_always_diverges_lacks_no_runs(tmp_path: Path) -> None:

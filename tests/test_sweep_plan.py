@@ -229,6 +229,11 @@ def test_halves_of_the_development_rows_are_the_same_for_all_seeds() -> None:
     _, choose, report = split_rows(shared, 10, protocol, seed=0, unit="source")
     assert not {row["source"] for row in choose} & {row["source"] for row in report}, "a source was divided"
     assert len(choose) + len(report) == 40
+    few = Protocol(select_rows=500, select_from="dev", report_rows=7)
+    _, choose, report = split_rows(SPLITS, 10, few, seed=0)
+    assert choose == again, "fewer reported rows take none of those that are chosen on"
+    assert len(report) == 7
+    assert all(row in same for row in report)
     with_test = Protocol(select_rows=500, select_from="dev", report_test=True)
     assert split_rows(SPLITS, 10, with_test, seed=0)[1:] == (again, same + TEST)
     with pytest.raises(hk.DataError, match=r"too few training rows \(got train_size 101 of 100\); lower train_size"):

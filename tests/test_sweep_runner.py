@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 import hiddenkey_rs as hk
+from hiddenkey_rs import DataError, StateError
 from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.experiments import generation
 from hiddenkey_rs.experiments.generation import Decoding
 from hiddenkey_rs.experiments.memory import PeakMemory
-from hiddenkey_rs.experiments.sweep import runner, workers
+from hiddenkey_rs.experiments.sweep import runner, texts, workers
 from hiddenkey_rs.experiments.sweep import trial as trials
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
 from hiddenkey_rs.experiments.sweep.plan import SEARCH, Plan, Trial
@@ -374,6 +375,13 @@ def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: p
     assert chosen["rouge_l"] >= 0
     assert set(chosen) - set(other) == {"bleu", "rouge_l", "cider"} - set(final.texts["absent"])
     assert "CIDEr" in final.texts["absent"]["cider"] or "pycocoevalcap" in final.texts["absent"]["cider"]
+    assert len(final.texts["hypotheses"]) == 1
+    refuse = DataError("all texts are empty (got 1 of them); the model generates nothing")
+    monkeypatch.setattr(texts, "generate_and_score", lambda *_: (_ for _ in ()).throw(refuse))
+    kept = run_trial(plan.final({("e2e", "none"): 0})[0], plan.digest, "")
+    assert kept.status == "done", "its training is not lost"
+    assert kept.texts["absent"] == {"texts": str(refuse)}
+    assert kept.history[kept.chosen]["report"] == {name: final.history[kept.chosen]["report"][name] for name in other}
 
 
 def test_a_trial_says_how_fast_and_with_how_much_memory_it_trained(tmp_path: Path) -> None:
@@ -477,6 +485,23 @@ def test_what_a_kill_at_the_start_leaves_is_no_other_plan(left: list[str], tmp_p
     for name in left:
         (out / name).write_text(plan_in(tmp_path).digest if name == "plan.digest" else "")
     assert sweep_in(tmp_path).run(lambda: FakePool(better_second)) == 0
+
+
+def test_lines_are_of_one_models_weights(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"one")
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("gpt2-tiny", str(model)))
+    plan = load_plan(tmp_path / "plan.yaml")
+
+    def sweep() -> Sweep:
+        return Sweep(plan, (tmp_path / "plan.yaml").read_text(), tmp_path / "out")
+
+    assert sweep().run(lambda: FakePool(better_second), slice_seconds=0.0)
+    assert sweep().run(lambda: FakePool(better_second)) == 0
+    (model / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(StateError, match=r"began with other weights \(got \w+ in '.*model', they had \w+\)"):
+        sweep().run(lambda: FakePool(better_second))
 
 
 def test_two_sweeps_that_were_made_at_once_run_nothing_twice(tmp_path: Path) -> None:

@@ -138,7 +138,8 @@ def generate_and_score(
         decoding: default: the paper's for the task. metrics: names in :mod:`.text_metrics`; default: the task's.
 
     Returns:
-        ``{"groups", "empty", "seconds", "decoding", "scores": {"all": {metric: value}, ...}, "absent": {metric: why}}``;
+        ``{"groups", "empty", "seconds", "decoding", "hypotheses": [text, ...], "scores": {"all": {metric: value}, ...},
+        "absent": {metric: why}}``;
         :func:`.text_metrics.flat` makes one mapping of the scores.
     """
     decoding = decoding or decoding_for(task)
@@ -155,6 +156,7 @@ def generate_and_score(
         "empty": sum(not text for text in texts),
         "seconds": round(seconds, 3),
         "decoding": asdict(decoding),
+        "hypotheses": texts,
         "scores": {part: scores.values for part, scores in found.items()},
         "absent": found["all"].absent,
     }

@@ -107,10 +107,16 @@ def add_lora(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed linears
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"LoRA does not fit the model (got {first}); name modules with --target-modules") from None
+    for (
+        value
+    ) in adapted.parameters():  # a new head has the base's dtype, in which an optimiser's steps are lost or overflow
+        if value.requires_grad:
+            value.data = value.data.float()
+    return adapted
 
 
 def load_adapter(model: Any, folder: str | Path) -> Any:
@@ -143,8 +149,8 @@ def _head_arguments(task: Task) -> dict[str, Any]:
 def _with_padding(model: Any, tokenizer: Any) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A head that reads a row's last token finds it by this, in rows that the tokenizer padded.
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 

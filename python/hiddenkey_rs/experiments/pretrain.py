@@ -83,7 +83,7 @@ def pretrain(
                 _save(out / CHECKPOINT, model, optimiser, state)
             if state.step == stop_after:
                 return {**started, "step": state.step}
-    model.eval().save_pretrained(out)
+    _put(model.eval(), out)
     found = {**started, "finished": True, **_summary(model, documents, state)}
     folder.write_json(out / RECIPE, found)
     (out / CHECKPOINT).unlink(missing_ok=True)
@@ -224,6 +224,15 @@ def _save(path: Path, model: Any, optimiser: torch.optim.Optimizer, state: _Stat
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, temporary, {"state": json.dumps(vars(state))})
     temporary.replace(path)
+
+
+def _put(model: Any, out: Path) -> None:
+    """The finished model's files, the weights last: who finds those may use the folder."""
+    fresh = out / ".new"
+    model.save_pretrained(fresh)
+    for file in sorted(fresh.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        file.replace(out / file.name)
+    fresh.rmdir()
 
 
 def _load(path: Path, model: Any, optimiser: torch.optim.Optimizer) -> _State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,17 @@ def processor() -> str:
     except OSError:  # not a Linux
         pass
     return platform.processor() or platform.machine()
+
+
+def weights_digest(folder: Path) -> str:
+    """Of the weights in a model's folder: their files' names, sizes and first 64 MiB. Empty where there are none."""
+    found = hashlib.sha256()
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
+    for file in files:
+        found.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as weights:
+            found.update(weights.read(64 << 20))
+    return found.hexdigest()[:16] if files else ""
 
 
 def commit() -> str | None:

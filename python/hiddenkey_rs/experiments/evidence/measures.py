@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...errors import DataError
 from ..statistics import Interval
 from ..sweep.lines import ResultLine, per_example
+from ..sweep.plan import Plan
 from ..tasks import Task
 from ..text_metrics import LOWER_IS_BETTER
 from .studies import Found
@@ -108,6 +109,13 @@ def measures(task: Task) -> list[Measure]:
     if task.kind == "classification":
         found.append(Measure("ece"))
     return found
+
+
+def tested_on(plan: Plan, task: Task) -> Measure:
+    """What a plan's family is tested on, of this task."""
+    if plan.measure == "bleu" and task.kind == "lm":
+        return Measure("bleu")
+    return Measure("loss" if plan.measure == "loss" else task.metric)
 
 
 def values(measure: Measure, found: list[Found]) -> dict[int, float]:

@@ -38,16 +38,18 @@ def paper_tables(study: Study) -> list[Table]:
     tasks = [task for task in study.plan.tasks if study.plan.task_of(task).kind != "lm"]
     for layout in paper.LAYOUTS if tasks else ():
         if any(name in held for name in layout.methods if name not in _SHARED):
-            found.append(_scores(study, layout, tasks, held))
+            found += _scores(study, layout, tasks, held)
     texts = [_texts(study, task, held) for task in study.plan.tasks if study.plan.task_of(task).kind == "lm"]
     return found + [table for table in texts if table is not None]
 
 
-def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> Table:
+def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> list[Table]:
     model = str(study.plan.base.get("model", "minilm"))
     columns, rows = ["method"], []
     names = {task: study.plan.task_of(task).name for task in tasks}
     known = {task for task in tasks if any(paper.score(method, names[task], model) for method in layout.methods)}
+    if not known:  # with no figure of the paper's it would be beside nothing
+        return []
     for task in tasks:
         columns += [f"{task}, ours", *([f"{names[task]}, paper"] if task in known else [])]
     for name in layout.methods:
@@ -66,7 +68,7 @@ def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str
         f"paper's: {theirs} on whole training sets, median of 5 seeds (standard deviation), every cell the best of 6 to 8 "
         "rates on the reported rows themselves. Levels are not comparable; the order of methods is."
     )
-    return Table(f"paper-{layout.key}", f"As in the paper: {layout.title}", caption, tuple(columns), tuple(rows))
+    return [Table(f"paper-{layout.key}", f"As in the paper: {layout.title}", caption, tuple(columns), tuple(rows))]
 
 
 def _printed(found: tuple[float, float | None] | None) -> str:
@@ -79,8 +81,8 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
     """A decoder's task: the metrics of generated texts that runs have at their chosen epoch."""
     runs = {method: [i for i in study.finals(task, method) if i.done] for method in study.plan.methods}
     figures = dict.fromkeys(name for items in runs.values() for i in items for name in at(i.line, "chosen")["report"])
-    names = [name for name in figures if name not in ("loss", "token_accuracy")]
-    if not set(names) - {"perplexity"}:
+    names = [name for name in figures if name not in ("loss", "token_accuracy", "perplexity")]
+    if not names:
         return None
     model = str(study.plan.base.get("model", "minilm"))
     theirs = {method: paper.texts(known, study.plan.task_of(task).name, model) for known, method in held.items()}
@@ -100,7 +102,7 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
         f"Ours: {model}, mean (standard deviation) over final seeds, of texts generated at the chosen epoch for "
         f"{_sources([item for items in runs.values() for item in items])}. The paper's: "
         f"{'LLaMA2-7B' if paper.is_llama(model) else 'GPT2-Medium'}, mean of 3 seeds, on the whole test split; its ROUGE-L "
-        "is the challenge's script's."
+        f"is the challenge's script's.{_lacking([item for items in runs.values() for item in items])}"
     )
     return Table(f"paper-{task}", f"As in the paper: {task}, generated texts", caption, tuple(columns), tuple(rows))
 
@@ -108,6 +110,14 @@ def _texts(study: Study, task: str, held: dict[str, str]) -> Table | None:
 def _sources(runs: list[Found]) -> str:
     """What texts were generated for, as far as lines say it: ``200 of 1862 sources of the test split``."""
     return " or ".join(dict.fromkeys(_drawn(item.line.texts) for item in runs)) or "no sources"
+
+
+def _lacking(runs: list[Found]) -> str:
+    """Texts that are empty, and metrics that could not be computed, with the reason."""
+    empty = sum(item.line.texts.get("empty", 0) for item in runs)
+    absent = {name: why for item in runs for name, why in item.line.texts.get("absent", {}).items()}
+    said = [f"{name} is absent ({why})" for name, why in absent.items()]
+    return " ".join(["", *([f"{empty} texts are empty."] if empty else []), *([f"{'; '.join(said)}."] if said else [])])
 
 
 def _drawn(texts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from ..sweep.plan import CURVE, FINAL, SEARCH, Protocol
 from ..tasks import Task
 from .comparisons import Comparison, family, losses, outcome
 from .early_stopping import early_stopping
-from .measures import Measure, at
+from .measures import Measure, at, tested_on
 from .paper_tables import paper_tables
 from .pictures import Pictures
 from .render import Picture, Table
@@ -74,14 +74,19 @@ _KINDS: Mapping[str, tuple[str, str, Callable[[Task], Measure | None]]] = {
 
 def families(study: Study) -> list[Family]:
     """The plan's comparisons on the measure that it is about, first, and on metric, losses and calibration, which explain it."""
-    first = {"metric": "metric", "loss": "loss-chosen"}[study.plan.measure]
-    every = []
-    for key in sorted(_KINDS, key=lambda key: key != first):
-        title, caption, of = _KINDS[key]
-        every.append(Family(key, title, caption + (_FIRST if key == first else _SECOND), family(study, of)))
+    first = {"metric": "metric", "loss": "loss-chosen", "bleu": "bleu"}[study.plan.measure]
     written = {i.line.dataset for i in study.stage(FINAL) if i.done and "bleu" in at(i.line, "chosen")["report"]}
-    bleu = family(study, lambda task: Measure("bleu") if task.name in written else None)
-    every.append(Family("bleu", "BLEU of texts generated at the chosen epoch", _SECOND, bleu))
+
+    def texts(task: Task) -> Measure | None:
+        if first == "bleu":
+            return tested_on(study.plan, task)
+        return Measure("bleu") if task.name in written else None
+
+    kinds = {**_KINDS, "bleu": ("BLEU of texts generated at the chosen epoch", "", texts)}
+    every = []
+    for key in sorted(kinds, key=lambda key: key != first):
+        title, caption, of = kinds[key]
+        every.append(Family(key, title, caption + (_FIRST if key == first else _SECOND), family(study, of)))
     return [entry for entry in every if entry.found]
 
 

@@ -10,7 +10,7 @@ from ..statistics import mean_interval
 from ..sweep.lines import per_example
 from ..sweep.plan import CURVE, FINAL, SEARCH
 from .comparisons import Comparison, paired
-from .measures import Measure, measures, values
+from .measures import Measure, measures, tested_on, values
 from .render import NONE, Table
 from .search import chosen_text
 from .studies import Found, Study
@@ -74,7 +74,7 @@ def _mean(measure: Measure, found: Mapping[int, float], planned: int | None = No
 def detail(study: Study, task: str, family: list[Comparison]) -> Table:
     """One task: every method's figures, and its difference to every baseline."""
     kind = study.plan.task_of(task)
-    metric = Measure("loss" if study.plan.measure == "loss" else kind.metric)
+    metric = tested_on(study.plan, kind)
     shown, baselines = measures(kind), study.plan.baselines
     tested = {(entry.method, entry.baseline): entry for entry in family if entry.task == task}
     rows = []

@@ -28,10 +28,11 @@ class ResultLine:
     (``report``; a search does not look at them). ``chosen``: index of the epoch that the selection rows chose. ``examples``:
     outcomes of every reported row at the chosen and the last epoch, see :func:`per_example`. ``step``: where a loss became
     NaN, else ``None``. ``texts``: how many were generated at the chosen epoch (``groups``), of how many (``of``) of which split
-    (``split``), how and how fast, and which metrics are absent and why; their scores stand among the reported figures of that
-    epoch. ``seconds_per_step``, ``examples_per_second``: of training alone, up to the last look; rows are those trained on.
-    ``peak_rss_mb``: MiB at most; ``peak_of``: what of, see :class:`..memory.PeakMemory` (training alone, but for
-    ``process``), empty in old lines, which have the peak of a process that ran other trials before.
+    (``split``), how and how fast, the texts themselves (``hypotheses``), and which metrics are absent and why; their scores
+    stand among the reported figures of that epoch. ``seconds_per_step``, ``examples_per_second``: of training alone, up to
+    the last look; rows are those trained on. ``peak_rss_mb``: MiB at most; ``peak_of``: what of, see
+    :class:`..memory.PeakMemory` (training alone, but for ``process``), empty in old lines, which have the peak of a process
+    that ran other trials before.
     """
 
     id: str

@@ -23,7 +23,7 @@ The file (YAML)::
       baselines: [none]                                         # each of these with each of
       against: [hiddenkey]
       pairs: [[hiddenkey, hiddenkey-minus]]                     # and these, each with its own baseline
-      measure: metric                                           # at the chosen epoch; or: loss
+      measure: metric                                           # at the chosen epoch; or: loss, or bleu (else the metric)
     curves:
       ranks: {vary: rank, values: [4, 16, 64], methods: [none, hiddenkey], tasks: [mrpc-1000], seeds: [0, 1, 2]}
 """  # noqa: D214, D405, D411
@@ -120,7 +120,8 @@ class Plan:
     comparisons: tuple[tuple[str, str], ...]
     """(method, its baseline) of every test, on every task."""
     measure: str
-    """What the family is tested on: ``metric`` (the task's own) or ``loss``, at the chosen epoch."""
+    """What the family is tested on, at the chosen epoch: ``metric`` (the task's own), ``loss``, or ``bleu`` of generated texts
+    (of other tasks their metric)."""
     curves: Mapping[str, Curve]
     data: str | None
     digest: str

@@ -59,7 +59,7 @@ class _Reader:
         methods = {key: self._method(("methods", key), protocol) for key in self._mapping(("methods",))}
         self._equal_budgets(methods)
         baselines, comparisons = self._comparisons(methods)
-        measure = self._measure()
+        measure = self._measure(protocol, tasks)
         curves = {key: self._curve(("curves", key), methods, tasks) for key in self._mapping(("curves",))}
         digest = _digest(values)
         base = dict(values.get("base") or {})
@@ -209,11 +209,17 @@ class _Reader:
             found.append((method, base))
         return baselines, tuple(dict.fromkeys(found))
 
-    def _measure(self) -> str:
+    def _measure(self, protocol: Protocol, tasks: Mapping[str, Mapping[str, Any]]) -> str:
         measure = self._mapping(("comparisons",)).get("measure", "metric")
-        if measure not in ("metric", "loss"):
+        place: Place = ("comparisons", "measure")
+        if measure not in ("metric", "loss", "bleu"):
             what = f"unknown measure {measure!r}"
-            raise self.source.error(("comparisons", "measure"), what, "use metric (the task's own) or loss")
+            raise self.source.error(place, what, "use metric (the task's own), loss, or bleu")
+        if measure == "bleu" and (
+            protocol.generate == 0 or not any(TASKS[t["task"]].kind == "lm" for t in tasks.values())
+        ):
+            what = "the measure bleu is of texts, and this plan generates none"
+            raise self.source.error(place, what, "use metric or loss, or generate texts of a data-to-text task")
         return str(measure)
 
     def _keys(self, place: Place, known: Mapping[str, Any]) -> tuple[str, ...]:

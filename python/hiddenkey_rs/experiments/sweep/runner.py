@@ -12,7 +12,8 @@ from typing import Any
 from typing import Protocol as Interface
 
 from ...errors import StateError
-from ..folder import locked, write_text
+from ..folder import locked, read_json, write_json, write_text
+from ..provenance import weights_digest
 from .lines import ResultLine, append_line, read_lines
 from .plan import FINAL, Plan, Trial
 from .reading import load_plan
@@ -20,6 +21,8 @@ from .selection import winners
 from .workers import Outcome, Workers
 
 RESULTS, PLAN, DIGEST = "results.jsonl", "plan.yaml", "plan.digest"
+WEIGHTS = "weights.json"
+"""Model folder -> digest of the weights in it that the folder's lines began with."""
 _TICK = 0.5
 
 
@@ -66,6 +69,7 @@ class Sweep:
         with locked(self.out, "another sweep is running"):  # they would run the same trials twice
             self._open()  # once more: another sweep may have been here since
             write_text(self.out / DIGEST, self.plan.digest + "\n")
+            self._check_weights()
             write_text(self.out / PLAN, self.text)
             started, display = time.monotonic(), Display(len(self.trials()))
             workers = pool()
@@ -151,6 +155,21 @@ class Sweep:
         elif self.out.is_dir() and any(not file.name.startswith(".") for file in self.out.iterdir()):
             # Hidden files are a lock, and what a kill left of a file that was being written.
             raise StateError(f"the folder holds other files (got {str(self.out)!r}); choose another --out")
+
+    def _check_weights(self) -> None:
+        """A model that was made here may be made anew: lines of two would look like those of one."""
+        names = {str(trial.config.model) for trial in self.plan.search()}
+        found = {name: weights_digest(Path(name)) for name in sorted(names) if Path(name).is_dir()}
+        file = self.out / WEIGHTS
+        if file.is_file():
+            for name, had in read_json(file).items():
+                if found.get(name, had) != had:
+                    raise StateError(
+                        f"the folder's lines began with other weights (got {found[name]} in {name!r}, they had {had}); put "
+                        "those back, or choose another --out"
+                    )
+        elif found:
+            write_json(file, found)
 
     def _check_fixed(self) -> None:
         """What is tested is fixed once a final run could have been looked at: the digest covers neither seeds nor family."""

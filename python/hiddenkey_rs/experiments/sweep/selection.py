@@ -34,15 +34,15 @@ def split_rows(
     train, dev = splits.train, splits.dev
     if protocol.report_test and protocol.select_from == "train":
         dev = [*dev, *(splits.test or [])]
-    if protocol.report_rows is not None and protocol.report_rows < len(dev):
-        dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[: protocol.report_rows]]
-    wanted = protocol.select_rows
+    wanted, most = protocol.select_rows, protocol.report_rows
     if protocol.select_from == "dev":
         fit = subset(train, size, seed)
         first, second = _halves(dev, unit)
-        choose, report = [dev[n] for n in first[:wanted]], [dev[n] for n in sorted(second)]
+        choose, report = [dev[n] for n in first[:wanted]], [dev[n] for n in sorted(second[:most])]
         report += (splits.test or []) if protocol.report_test else []
     else:
+        if most is not None and most < len(dev):
+            dev = [dev[n] for n in np.random.default_rng([_REPORT]).permutation(len(dev))[:most]]
         size = len(train) - wanted if size is None else size
         if size < 1 or size + wanted > len(train):
             raise DataError(
@@ -64,7 +64,7 @@ def drawn_sources(groups: Sequence[Any], count: int | None) -> list[Any]:
 
 
 def _halves(rows: Sequence[Row], unit: str | None) -> tuple[list[int], list[int]]:
-    """Numbers of the rows of two fixed halves, by what they have in common; the first in a fixed random order."""
+    """Numbers of the rows of two fixed halves, by what they have in common, each in a fixed random order."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for n, row in enumerate(rows):
         groups[n if unit is None else row[unit]].append(n)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         peak_rss_mb=None if watcher.memory.mib is None else round(watcher.memory.mib, 1),
         peak_of=watcher.memory.of,
         examples_per_second=round(watcher.rows / max(watcher.training_seconds, 1e-9), 3),
-        realised_rates={site: round(rate, 6) for site, rate in trainer.handle.realised().items()},
+        realised_rates={site: round(fmean(rates), 6) for site, rates in watcher.rates.items()},
         config=_changed(trial.config),
         command=command,
         versions=versions(_PACKAGES),

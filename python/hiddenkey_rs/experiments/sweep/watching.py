@@ -40,6 +40,7 @@ class Watcher(TrainerCallback):
         self.weights: dict[str, torch.Tensor] = {}
         # Of training alone, up to the last look: what looks take is everybody's.
         self.training_seconds, self.steps, self.rows = 0.0, 0, 0
+        self.rates: dict[str, list[float]] = {}
         self.memory = PeakMemory()
         self.clock = time.perf_counter()
 
@@ -48,7 +49,10 @@ class Watcher(TrainerCallback):
         self._train_on()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """A loss that is no number ends the trial."""
+        """A loss that is no number ends the trial; measured rates are kept."""
+        for name, value in (logs or {}).items():
+            if name.startswith("realised_rate_"):
+                self.rates.setdefault(name.removeprefix("realised_rate_"), []).append(value)
         if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
             self.memory.end()
             raise DivergedTrialError(state.global_step)
