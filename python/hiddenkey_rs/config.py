@@ -59,9 +59,16 @@ class AttentionDrop(Serialisable):
     """Dropout inside attention.
 
     ``position``: ``"dropkey"`` masks logits before softmax (paper, section 3.1); ``"dropattention"`` masks weights after
-    softmax and renormalises with a detached denominator. ``pattern``: ``"element"`` (every query-key pair),
-    ``"column"`` (whole keys, for all queries of a head) or ``"span"`` (one block of keys). ``rate`` in [0, 1).
+    softmax and renormalises with a detached denominator, which biases its gradient: it may not train, see RESULTS.md. ``pattern``: ``"element"`` (every query-key pair), ``"column"`` (whole keys, for all queries of a head)
+    or ``"span"`` (one block of keys). ``rate`` in [0, 1).
     ``heads``: with grouped keys draw one mask a key/value head (``"group"``) or one a query head (``"query"``).
+
+    Raises:
+        ConfigError: an unknown position, pattern or ``heads``, a rate out of range.
+
+    Example:
+        >>> AttentionDrop(pattern="span", rate=0.2)
+        AttentionDrop(position='dropkey', pattern='span', rate=0.2, heads='group')
     """
 
     position: str = "dropkey"
@@ -83,7 +90,14 @@ class HiddenDrop(Serialisable):
     ``pattern``: ``"element"`` (ordinary dropout), ``"column"`` (whole token vectors) or ``"span"`` (one block of tokens).
     ``rescale``: multiply what is kept by 1 / (1 - realised rate); ``None`` = elements only, as HiddenCut's own code.
     ``start``: where a span begins, ``"uniform"`` or ``"attention"`` (among the 40 % of tokens that receive most
-    attention; spans only, outside the promise that masks are pure functions).
+    attention; spans only, outside the promise that masks are pure functions). ``rate`` in [0, 1).
+
+    Raises:
+        ConfigError: an unknown pattern or start, a rate out of range, a start that goes with spans alone.
+
+    Example:
+        >>> HiddenDrop("column", rate=0.05, rescale=True)
+        HiddenDrop(pattern='column', rate=0.05, rescale=True, start='uniform')
     """
 
     pattern: str = "element"
@@ -105,7 +119,15 @@ class HiddenDrop(Serialisable):
 
 @dataclass(frozen=True)
 class ElementDrop(Serialisable):
-    """Element dropout at the ``input`` (token embeddings) or ``output`` (what the head receives) position."""
+    """Element dropout at the ``input`` (token embeddings) or ``output`` (what the head receives) position.
+
+    Raises:
+        ConfigError: a ``rate`` outside [0, 1).
+
+    Example:
+        >>> ElementDrop(rate=0.02)
+        ElementDrop(rate=0.02)
+    """
 
     rate: float = 0.1
 
@@ -120,6 +142,13 @@ class Consistency(Serialisable):
     ``kind``: ``"kl"`` (bidirectional, two masked passes), ``"js"`` (the paper's: KL to the pass without dropout),
     ``"jensen-shannon"`` (the textbook's, with the mixture) or ``"mse"`` (regression outputs). ``weight`` >= 0.
     ``gradient``: through ``"one"`` branch (the paper) or ``"both"`` (R-Drop).
+
+    Raises:
+        ConfigError: an unknown kind or gradient, a weight below 0, ``"js"`` with both gradients.
+
+    Example:
+        >>> Consistency("jensen-shannon", weight=0.5, gradient="both")
+        Consistency(kind='jensen-shannon', weight=0.5, gradient='both')
     """
 
     kind: str = "kl"

@@ -48,6 +48,13 @@ class MaskKey:
     """What a mask is of, besides the example: seed, optimiser step, branch, layer and site.
 
     seed < 2**64, step < 2**32, branch < 2**8, layer < 2**10; ``site`` is a name of :data:`SITES`.
+
+    Raises:
+        ConfigError: a number out of its range, an unknown site.
+
+    Example:
+        >>> MaskKey(seed=7, step=3, layer=11, site="ffn")
+        MaskKey(seed=7, step=3, branch=0, layer=11, site='ffn')
     """
 
     seed: int = 0
@@ -76,6 +83,11 @@ class BitMask:
     Attributes:
         words: uint32 (..., ceil(columns / 32)).
         columns: how many columns a row has.
+
+    Example:
+        >>> mask = column(MaskKey(), samples=[4], columns=40, rate=0.5)
+        >>> mask.shape, mask.words.shape, mask.to_bool().dtype
+        ((1, 1, 1, 40), (1, 1, 1, 2), dtype('bool'))
     """
 
     __slots__ = ("columns", "words")

@@ -40,6 +40,11 @@ class StepPlan:
         samples, branches, lengths: (documents,) int64. A batch of B examples and two branches is 2 B documents.
         columns: of every mask.
         nbytes: memory of bits and counts.
+
+    Example:
+        >>> plan = plan_step("hiddenkey", step=3, sample_ids=[7, 9], lengths=[5, 4], layers=2, heads=4)
+        >>> plan.mask(1, "attention").shape, plan.kept(1, "attention").shape
+        ((4, 4, 1, 5), (4, 4))
     """
 
     def __init__(

@@ -30,6 +30,11 @@ class Packing:
         starts, lengths: (pieces,) int64 with ``too_long="split"``: where in its document a piece starts, and its length.
             ``None`` otherwise: a piece is its document's first ``capacity`` tokens.
         tokens: in all rows.
+
+    Example:
+        >>> packing = pack([3, 2, 2], 5)
+        >>> [packing[row].tolist() for row in range(len(packing))], packing.fill
+        ([[0, 1], [2]], 0.7)
     """
 
     capacity: int
