@@ -59,8 +59,9 @@ class AttentionDrop(Serialisable):
     """Dropout inside attention.
 
     ``position``: ``"dropkey"`` masks logits before softmax (paper, section 3.1); ``"dropattention"`` masks weights after
-    softmax and renormalises with a detached denominator, which biases its gradient: it may not train, see RESULTS.md. ``pattern``: ``"element"`` (every query-key pair), ``"column"`` (whole keys, for all queries of a head)
-    or ``"span"`` (one block of keys). ``rate`` in [0, 1).
+    softmax and renormalises with a detached denominator, which biases its gradient: it may not train, see RESULTS.md.
+    ``pattern``: ``"element"`` (every query-key pair), ``"column"`` (whole keys, for all queries of a head) or ``"span"``
+    (one block of keys). ``rate`` in [0, 1).
     ``heads``: with grouped keys draw one mask a key/value head (``"group"``) or one a query head (``"query"``).
 
     Raises:
