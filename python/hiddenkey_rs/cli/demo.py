@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from ..errors import StateError
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {"preset": "none"},
@@ -56,11 +57,12 @@ def main(options: argparse.Namespace) -> int:
 
 def _is_demo(config: Path) -> bool:
     """Whether a folder's run is one of an earlier demo."""
+    from ..experiments.folder import read_json
+
     try:
-        recorded = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(read_json(config).get("run", {}).get("task") == "demo")
+    except (OSError, StateError):
         return False
-    return isinstance(recorded, dict) and recorded.get("run", {}).get("task") == "demo"
 
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,8 @@ def add_lora(
     except ValueError as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"LoRA does not fit the model (got {first}); name modules with --target-modules") from None
-    for (
-        value
-    ) in adapted.parameters():  # a new head has the base's dtype, in which an optimiser's steps are lost or overflow
+    # A new head has the base's dtype, in which an optimiser's steps are lost or overflow.
+    for value in adapted.parameters():
         if value.requires_grad:
             value.data = value.data.float()
     return adapted

@@ -162,7 +162,7 @@ class RunConfig(Serialisable):
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value < 1:  # whole it is, by its field's type
             raise ConfigError(f"{name} must be a whole number above 0 (got {value!r}); mend --{name.replace('_', '-')}")
 
     @property

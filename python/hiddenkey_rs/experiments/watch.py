@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from ..attachment import DrawnMask, Handle
 from ..errors import HiddenKeyError
 from ..train import ranks
+from ..train.trainer import logged_rates
 from .folder import ADAPTER, LOG, MASKS, RUN_STATE, append_line, read_json, replace_folder, write_json
 from .tasks import Task
 from .whole import whole_weights
@@ -106,9 +107,8 @@ class Watcher(TrainerCallback):
             append_line(self.out / LOG, {"step": state.global_step, **logs})
         if not math.isfinite(logs["loss"]):
             raise DivergedError(f"training diverged (got loss {logs['loss']} at step {state.global_step}); lower --lr")
-        for name, value in logs.items():
-            if name.startswith("realised_rate_"):
-                self.run.rates.setdefault(name.removeprefix("realised_rate_"), []).append(value)
+        for site, rate in logged_rates(logs).items():
+            self.run.rates.setdefault(site, []).append(rate)
         if self.progress is not None:
             self.progress.loss = logs["loss"]
 

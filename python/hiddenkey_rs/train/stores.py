@@ -32,9 +32,8 @@ def check_stores(collator: Any, train: Any, evaluated: Any) -> None:
             f"a part of a store is no training set (got Subset of {type(_whole(train)).__name__}); make a store of the "
             "part: TokenStore(dataset.select(rows))"
         )
-    others = evaluated.values() if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
     ours = collator is None or isinstance(collator, (Collator, StoreCollator))
-    if not ours and is_store(train) and all(is_store(_whole(data)) for data in others):
+    if not ours and is_store(train) and all(is_store(_whole(data)) for data in _sets(evaluated)):
         raise ConfigError(
             f"batches of a store are made by hiddenkey_rs.Collator (got data_collator={type(collator).__name__}, which would "
             "not be called); leave it out, or give a Collator, for instance Collator(labels='tokens') for language modelling"
@@ -65,9 +64,8 @@ class StoreCollator:
             DataError: a store holds ids that the model does not know.
             ConfigError: a collator of ours whose layout goes with none of the stores.
         """
-        collator, evaluated = trainer.data_collator, trainer.eval_dataset
-        others = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        stores = [whole for data in (trainer.train_dataset, *others) if is_store(whole := _whole(data))]
+        collator, sets = trainer.data_collator, (trainer.train_dataset, *_sets(trainer.eval_dataset))
+        stores = [whole for data in sets if is_store(whole := _whole(data))]
         for store in stores:
             known = trainer.model.get_input_embeddings().weight.shape[0]
             (store.store if isinstance(store, PackedStore) else store).check_vocabulary(known)
@@ -90,6 +88,11 @@ class StoreCollator:
         if isinstance(collator, StoreCollator):
             return StoreCollator(collator.rows, SampleIdCollator(collator.examples))
         return SampleIdCollator(collator)
+
+
+def _sets(evaluated: Any) -> list[Any]:
+    """The data sets that a Trainer evaluates: none, one, or several by name."""
+    return list(evaluated.values()) if isinstance(evaluated, dict) else [] if evaluated is None else [evaluated]
 
 
 def _whole(data: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from .resume import check_data, checked_checkpoint, save_data, warn_about_genera
 from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
 from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
+
+_RATE = "realised_rate_"
 
 if TYPE_CHECKING:  # the mixin is read as what it stands in front of; it has no base, so that it fits every Trainer
     from transformers import Trainer as _Trainer
@@ -248,7 +251,7 @@ class HiddenKeyTrainerMixin(_Trainer):
         steps = self.state.global_step - self._window["step"]
         if "loss" in logs and steps > 0:
             terms, counts = ranks.summed(self._terms()), ranks.summed(self.handle.counted())
-            rates = {f"realised_rate_{site}": dropped / of for site, (dropped, of) in counts.items() if of}
+            rates = {f"{_RATE}{site}": dropped / of for site, (dropped, of) in counts.items() if of}
             logs = {**logs, **{name: total / steps for name, (total,) in terms.items()}, **rates}
             self._window = {"step": self.state.global_step}
             self.handle.reset_counts()
@@ -309,6 +312,11 @@ class HiddenKeyTrainerMixin(_Trainer):
 
 class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with dropout attached; see :class:`HiddenKeyTrainerMixin`."""
+
+
+def logged_rates(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Measured rate by site, of logs that have any."""
+    return {name.removeprefix(_RATE): value for name, value in logs.items() if name.startswith(_RATE)}
 
 
 def _released(model: Any) -> Handle | None:

@@ -38,18 +38,18 @@ def paper_tables(study: Study) -> list[Table]:
     tasks = [task for task in study.plan.tasks if study.plan.task_of(task).kind != "lm"]
     for layout in paper.LAYOUTS if tasks else ():
         if any(name in held for name in layout.methods if name not in _SHARED):
-            found += _scores(study, layout, tasks, held)
-    texts = [_texts(study, task, held) for task in study.plan.tasks if study.plan.task_of(task).kind == "lm"]
-    return found + [table for table in texts if table is not None]
+            found.append(_scores(study, layout, tasks, held))
+    found += [_texts(study, task, held) for task in study.plan.tasks if study.plan.task_of(task).kind == "lm"]
+    return [table for table in found if table is not None]
 
 
-def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> list[Table]:
+def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str, str]) -> Table | None:
     model = str(study.plan.base.get("model", "minilm"))
     columns, rows = ["method"], []
     names = {task: study.plan.task_of(task).name for task in tasks}
     known = {task for task in tasks if any(paper.score(method, names[task], model) for method in layout.methods)}
     if not known:  # with no figure of the paper's it would be beside nothing
-        return []
+        return None
     for task in tasks:
         columns += [f"{task}, ours", *([f"{names[task]}, paper"] if task in known else [])]
     for name in layout.methods:
@@ -68,7 +68,7 @@ def _scores(study: Study, layout: paper.Layout, tasks: list[str], held: dict[str
         f"paper's: {theirs} on whole training sets, median of 5 seeds (standard deviation), every cell the best of 6 to 8 "
         "rates on the reported rows themselves. Levels are not comparable; the order of methods is."
     )
-    return [Table(f"paper-{layout.key}", f"As in the paper: {layout.title}", caption, tuple(columns), tuple(rows))]
+    return Table(f"paper-{layout.key}", f"As in the paper: {layout.title}", caption, tuple(columns), tuple(rows))
 
 
 def _printed(found: tuple[float, float | None] | None) -> str:

@@ -158,7 +158,7 @@ class Sweep:
 
     def _check_weights(self) -> None:
         """A model that was made here may be made anew: lines of two would look like those of one."""
-        names = {str(trial.config.model) for trial in self.plan.search()}
+        names = {trial.config.model for trial in self.trials()}
         found = {name: weights_digest(Path(name)) for name in sorted(names) if Path(name).is_dir()}
         file = self.out / WEIGHTS
         if file.is_file():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ...train.trainer import logged_rates
 from ..features import Example
 from ..memory import PeakMemory
 from ..outcomes import Outcomes, outcomes
@@ -50,9 +51,8 @@ class Watcher(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """A loss that is no number ends the trial; measured rates are kept."""
-        for name, value in (logs or {}).items():
-            if name.startswith("realised_rate_"):
-                self.rates.setdefault(name.removeprefix("realised_rate_"), []).append(value)
+        for site, rate in logged_rates(logs or {}).items():
+            self.rates.setdefault(site, []).append(rate)
         if logs is not None and not math.isfinite(logs.get("loss", 0.0)):
             self.memory.end()
             raise DivergedTrialError(state.global_step)
