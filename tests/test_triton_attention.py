@@ -122,7 +122,7 @@ cases += [(name, 128, False, 1, torch.bfloat16, 89) for name in kernels]
 cases += [("key", 128, False, 2, torch.float32, 90), ("key", 64, False, 2, torch.float32, 89)]
 for name, head, dropattention, pattern, dtype, arch in cases:
     kernel = kernels[name]
-    rows, columns, warps, stages = triton_launch.tiles(name, head, dtype, LIMIT[arch])
+    rows, columns, warps, stages = triton_launch.tiles(name, head, dtype, LIMIT[arch], pattern == 1, True)
     constants = {"HEAD": head, "HEAD_V": head, "BLOCK_D": head, "BLOCK_V": head, "ROWS": rows, "COLUMNS": columns}
     constants |= {"PATTERN": pattern, "DROPATTENTION": dropattention, "CAUSAL": True, "WINDOW": dropattention, "OWN": True}
     constants |= {"PRECISION": "tf32x3"} | ({"COUNT": True} if name == "forward" else {})

@@ -66,6 +66,56 @@ def test_equals_the_reference(family: str, pattern: str, side: str) -> None:
         assert rate == pytest.approx(expected[2][site], abs=0.1)
 
 
+AUTO = [
+    # (family, side of the padding, calls of the kernels in a step: in the pass with gradients and in the second one)
+    ("bert", "right", True),
+    ("bert", "none", True),
+    ("llama", "left", True),
+    ("llama", "none", True),
+    ("bart", "right", True),
+    ("mistral", "right", True),
+    ("t5", "right", False),
+    ("gemma2", "left", False),
+    ("gpt_oss", "right", False),
+]
+
+
+@pytest.mark.parametrize(("family", "side", "kernels"), AUTO)
+def test_auto_on_a_device_takes_the_kernels_where_it_can(family: str, side: str, kernels: bool) -> None:
+    model = families.build(family)
+    batch = families.batch(family, side="right" if side == "none" else side)
+    if side == "none":
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    expected = step(copy.deepcopy(model), PATTERNS["hiddenkey"], batch, "reference")
+    calls = []
+
+    def noted(*args, **how):
+        calls.append(1)
+        return attention(*args, **how)
+
+    attention = hk.ops.triton_attention.attention
+    with (
+        patch.object(hk.ops.triton_launch, "on_cuda", lambda device: True),
+        patch.object(hk.ops.triton_attention, "attention", noted),
+    ):
+        found = step(model, PATTERNS["hiddenkey"], batch, "auto")
+    assert bool(calls) == kernels
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-3, atol=2e-5)
+
+
+def test_auto_makes_the_mask_of_rows_that_no_run_of_tokens_describes() -> None:
+    model, batch = families.build("bert"), families.batch("bert")
+    batch["attention_mask"][0, 2] = 0
+    expected = step(copy.deepcopy(model), PATTERNS["hiddenkey"], batch, "reference")
+    with patch.object(hk.ops.triton_launch, "on_cuda", lambda device: True):
+        found = step(copy.deepcopy(model), PATTERNS["hiddenkey"], batch, "auto")
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], expected[1], rtol=2e-3, atol=2e-5)
+    with pytest.raises(hk.ConfigError, match="side by side"):
+        step(model, PATTERNS["hiddenkey"], batch, "triton")
+
+
 def test_counts_are_the_masks_own() -> None:
     model, batch = families.build("llama"), families.batch("llama", rows=1)
     config = PATTERNS["hiddenkey"]

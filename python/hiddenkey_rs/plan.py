@@ -80,6 +80,17 @@ class StepPlan:
         words = self._words[start * width : end * width]
         return BitMask(words.reshape(len(self.samples), heads, 1, width), self.columns)
 
+    def all_to_torch(self, device: Any = "cpu") -> dict[tuple[int, str], Any]:
+        """Every mask, ``(layer, site)`` -> bool tensor (documents, heads, 1, columns), in one transfer to ``device``."""
+        if not self.entries:
+            return {}
+        width = (self.columns + 31) // 32
+        every = BitMask(self._words.reshape(-1, 1, 1, width), self.columns).to_torch(device)
+        return {
+            place: every[start:end].view(len(self.samples), heads, 1, self.columns)
+            for place, (start, end, heads) in self._rows.items()
+        }
+
     def kept(self, layer: int, site: str) -> NDArray[np.uint32]:
         """How many columns each document and head keeps there: (documents, heads). Errors as :meth:`mask`."""
         start, end, heads = self._find(layer, site)

@@ -67,8 +67,13 @@ def check_wrapper(model: nn.Module | None) -> None:
 
 def on_compiled(model: nn.Module) -> bool:
     """Whether calling the model runs compiled code: its own, or that of a module inside."""
-    # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    modules = [model]  # walked here: every step asks, and nn.Module.modules() takes a millisecond for a small encoder
+    for module in modules:
+        # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
+        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
+            return True
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return False
 
 
 def check_model(base: transformers.PreTrainedModel) -> None:

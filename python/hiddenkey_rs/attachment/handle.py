@@ -51,7 +51,8 @@ def attach(
             An adapter's own (``lora_dropout``) is never touched.
         impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"compact"``,
             ``"blocked"`` (CPU) or ``"triton"`` (CUDA; HiddenCut too)
-            (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back.
+            (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back. ``"auto"`` takes Triton's
+            kernels on CUDA wherever they can compute what the model asks for.
 
     Raises:
         UnsupportedModelError: no transformers model, or a family without a place to attach to.
@@ -178,7 +179,7 @@ class Handle:
 
     def _install(self, found: list[Implementation]) -> None:
         for implementation in found:
-            implementation.attach(maskless=self.impl == "triton")
+            implementation.attach()
         attention = {site.module: site for site in self.sites if site.kind in ATTENTION_KINDS}
         self.session = Session(
             self.config.seed,
@@ -189,6 +190,7 @@ class Handle:
             self.drops,
             self.model,
             self.output,
+            guided=self.config.hidden is not None and self.config.hidden.start == "attention",
             choices=compared.is_for("MultipleChoice", self.base),
         )
         self.sharing, self.head = Sharing(self), head_of(self)

@@ -111,7 +111,7 @@ def _cut(stack_pass: Pass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     # OPT flattens batch and length before its FFN.
     states = hidden.reshape(*stack_pass.tokens.document.shape, hidden.shape[-1])
     output, kept = drop_tokens(stack_pass, site, drop, depth, states)
-    total = stack_pass.tokens.real.count_nonzero()
+    total = stack_pass.tokens.real_count
     _note(stack_pass, site, depth, kept, total * hidden.shape[-1] if drop.pattern == "element" else total)
     return output.view(hidden.shape)
 

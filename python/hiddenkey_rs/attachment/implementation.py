@@ -22,20 +22,19 @@ class Implementation:
         self.original: str = config._attn_implementation
         self.active = False
         self.maskless = False
-        """Whether attention knows by itself what may attend to what, so that no mask of pairs is to be made."""
+        """Whether attention knows by itself what may attend to what in this pass, so that no mask of pairs is to be made."""
         self.packed = False
         """Whether that holds for the masks of packed rows in this pass, too: one of them was found to say the same."""
 
-    def attach(self, maskless: bool = False) -> None:
+    def attach(self) -> None:
         """Point the config at our functions."""
-        self.maskless = maskless
         IMPLEMENTATIONS[id(self.config)] = self
         self.config._attn_implementation = NAME
 
-    def begin(self, active: bool, packed: bool = False) -> None:
+    def begin(self, active: bool, maskless: bool = False, packed: bool = False) -> None:
         """A forward pass begins: ours if ``active``, the stock model's otherwise."""
         self._adopt()
-        self.active, self.packed = active, packed
+        self.active, self.maskless, self.packed = active, maskless, packed
         self.config._attn_implementation = NAME if active else self.original
 
     def end(self) -> None:

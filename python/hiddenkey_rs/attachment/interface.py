@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..errors import DataError, StateError, UnsupportedModelError
-from .kernels import attend
+from .kernels import attend, documents_mask
 from .passes import Pass, StackPass, attention_keep, check_apart
 from .prepared import PreparedPass
 from .sites import Site
@@ -129,17 +129,22 @@ def hiddenkey_attention(
         # Rotary tables in float32 make queries and keys wider than values; torch's own attention casts them back.
         query, key = query.to(value.dtype), key.to(value.dtype)
     allowed, bias = allowed_and_bias(attention_mask, position_bias)
-    if stack_pass.suspect:
+    by_kernels = stack_pass.kernels and attention_mask is None  # which keep documents apart by themselves
+    if stack_pass.suspect and not by_kernels:
         check_apart(stack_pass, site, allowed)
     stack_pass.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth) if module.training else None  # part of a model may be out of training
-    if stack_pass.impl == "triton":
-        tensors = (query, key, value)
+    if stack_pass.kernels:
         # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
         window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        output = attend(stack_pass, site, drop, depth, module, tensors, attention_mask, dropout, window, how)
-        return output.transpose(1, 2).contiguous(), None
+        output = attend(
+            stack_pass, site, drop, depth, module, (query, key, value), attention_mask, dropout, window, how
+        )
+        if output is not None:
+            return output.transpose(1, 2).contiguous(), None
+        if attention_mask is None:
+            allowed = documents_mask(stack_pass, site, module, window)
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
         impl = stack_pass.impl if stack_pass.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask

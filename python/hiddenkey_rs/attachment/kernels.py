@@ -1,16 +1,17 @@
 """Attention of an attached model through the Triton kernels: no mask of (query, key) pairs exists, anywhere.
 
 The mask function hands down nothing (``Implementation.maskless``); what may attend to what follows from the batch's
-documents, which the pass knows, and from the layer: causal or not, and its window.
+documents, which the pass knows, and from the layer: causal or not, and its window. What the kernels cannot compute is an
+error where they were asked for by name; ``impl="auto"`` then makes the mask here.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import ops
 from ..config import HiddenKeyConfig
@@ -19,7 +20,6 @@ from .passes import Pass, StackPass, planned_columns
 
 if TYPE_CHECKING:
     from .sites import Site, SiteDrop
-    from .tokens import Tokens
 
 
 def check_kernels(model: nn.Module, config: HiddenKeyConfig) -> None:
@@ -45,8 +45,10 @@ def attend(
     dropout: float,
     window: int | None,
     how: dict[str, Any],
-) -> Tensor:
+) -> Tensor | None:
     """Attention of one layer, (B, H, Q, D); counts what was dropped. ``tensors``: queries, keys, values.
+
+    ``None`` if ``impl="auto"`` has to find another way.
 
     Raises:
         ConfigError: what Triton cannot compute, or a mask that is not made of the batch's documents.
@@ -54,16 +56,30 @@ def attend(
     query, key, value = tensors
     biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
     reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
-    cross = site.kind == "cross-attention"
-    causal = not cross and bool(getattr(module, "is_causal", False))
-    # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
-    width = None if cross else window
-    if mask is not None and (cross or not _says_the_documents(stack_pass, mask, causal, width)):
+    causal, width = seen_by(site, module, window)
+    if mask is not None and (
+        site.kind == "cross-attention" or not _says_the_documents(stack_pass, mask, causal, width)
+    ):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
     if not isinstance(stack_pass, StackPass):
         reason = "the model is compiled"
+    if reason is None and isinstance(stack_pass, StackPass):
+        try:
+            documents = stack_pass.documents(site)
+        except ConfigError as error:
+            if stack_pass.impl != "auto":
+                raise
+            reason = str(error)
     if reason is not None or not isinstance(stack_pass, StackPass):
+        if stack_pass.impl == "auto":
+            return None
         raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
+    if drop is None and stack_pass.impl == "auto" and width is None and documents.full and not stack_pass.tokens.packed:
+        # Whole rows without dropout: nothing is faster than torch's own kernels without a mask.
+        group = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=causal, scale=how["scaling"], enable_gqa=group
+        )
     settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
     counted = drop is not None and stack_pass.counts(site)
     if drop is not None:
@@ -73,13 +89,41 @@ def attend(
             settings |= {"keys": stack_pass.keys(site, depth), "threshold": drop.threshold}
         else:
             settings |= {"keep": planned_columns(stack_pass, site, drop, depth, heads), "rate": drop.realised}
-    documents = stack_pass.documents(site)
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
-        pairs = _allowed_pairs(stack_pass.tokens, stack_pass.column_tokens(site), causal, width)
-        total = kept.new_full((), query.shape[1] * pairs)  # written there: a copy would make the host wait
+        total = query.shape[1] * stack_pass.allowed_pairs(site, causal, width)
         stack_pass.count(site, depth, total - kept, total)
     return output
+
+
+def seen_by(site: Site, module: nn.Module, window: int | None) -> tuple[bool, int | None]:
+    """Whether a layer's attention is causal, and how far it sees."""
+    if site.kind == "cross-attention":
+        return False, None
+    # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
+    return bool(getattr(module, "is_causal", False)), window
+
+
+def documents_mask(stack_pass: Pass, site: Site, module: nn.Module, window: int | None) -> Tensor:
+    """The mask of (query, key) pairs that was not made, bool (B, 1, 1 or Q, K): what a layer's tokens may attend to."""
+    causal, width = seen_by(site, module, window)
+    columns = stack_pass.column_tokens(site)
+    if not causal and width is None and not stack_pass.tokens.packed:
+        return columns.real[:, None, None]
+    return _said(stack_pass, causal, width)[:, None]
+
+
+def _said(stack_pass: Pass, causal: bool, window: int | None) -> Tensor:
+    """Which tokens of a batch's documents see each other, bool (B, L, L)."""
+    document, real = stack_pass.tokens.document, stack_pass.tokens.real
+    length = document.shape[1]
+    said = (document[:, :, None] == document[:, None, :]) & real[:, :, None] & real[:, None, :]
+    if window is not None:
+        back = ops.sliding_window(length, length, window, device=real.device)[0]
+        said &= back if causal else back | back.mT
+    elif causal:
+        said &= ops.causal(length, length, device=real.device)[0]
+    return said
 
 
 def _says_the_documents(stack_pass: Pass, mask: Tensor, causal: bool, window: int | None) -> bool:
@@ -91,28 +135,12 @@ def _says_the_documents(stack_pass: Pass, mask: Tensor, causal: bool, window: in
         return False
     if any(mask is known for known in stack_pass.agreed):  # layers share it
         return True
-    document, real = stack_pass.tokens.document, stack_pass.tokens.real
-    length = document.shape[1]
-    if mask.dtype != torch.bool or mask.shape != (len(document), 1, length, length):
+    real = stack_pass.tokens.real
+    length = real.shape[1]
+    if mask.dtype != torch.bool or mask.shape != (len(real), 1, length, length):
         return False
-    said = (document[:, :, None] == document[:, None, :]) & real[:, :, None] & real[:, None, :]
-    if window is not None:
-        back = ops.sliding_window(length, length, window, device=mask.device)[0]
-        said &= back if causal else back | back.mT
-    elif causal:
-        said &= ops.causal(length, length, device=mask.device)[0]
-    if not bool(((mask[:, 0] == said) | ~real[:, :, None]).all()):
+    if not bool(((mask[:, 0] == _said(stack_pass, causal, window)) | ~real[:, :, None]).all()):
         return False
     stack_pass.agreed.append(mask)
     stack_pass.apart = stack_pass.tokens.packed
     return True
-
-
-def _allowed_pairs(rows: Tokens, columns: Tokens, causal: bool, window: int | None) -> int:
-    """How many (query, key) pairs of all documents the mask allows, for one head."""
-    if rows is not columns:
-        return int((rows.lengths * columns.lengths).sum())
-    lengths = rows.lengths.astype(np.int64)
-    reach = lengths if window is None else np.minimum(lengths, window)
-    back = reach * (reach + 1) // 2 + (lengths - reach) * reach  # the own key, and those before it
-    return int((back if causal else 2 * back - lengths).sum())

@@ -54,17 +54,26 @@ class StackPass:
         encoder_tokens: Tokens | None,
         sites: Mapping[nn.Module, Site],
         impl: str,
+        kernels: bool,
         recorder: MaskRecorder | None,
         plans: tuple[StepPlan, StepPlan],
+        dropping: list[Site],
     ) -> None:
         self.seed, self.step, self.tokens, self.encoder_tokens = seed, step, tokens, encoder_tokens
         self.sites = sites
         """The attention sites of the attached model, by module."""
         self.impl, self.recorder = impl, recorder
+        self.kernels = kernels
+        """Whether the Triton kernels compute attention (``impl="auto"``: where they can) and HiddenCut."""
         self.running = True
         """True during the stack's forward pass itself, False afterwards, in a checkpoint's replay too."""
         self.plans = plans
         """Column and span masks of every site: over the stack's own tokens, and over the encoder's (cross-attention)."""
+        self.dropping = dropping
+        """The sites that drop in this pass."""
+        self._keys: dict[tuple[str, int], Tensor] = {}
+        self._planned: dict[bool, dict[tuple[int, str], Tensor]] = {}
+        self._pairs: dict[tuple[str, bool, int | None], int] = {}
         self.suspect = self.apart = False
         """Whether its first attention is to show that the documents of a row do not attend to each other; has shown it."""
         self.agreed: list[Tensor] = []
@@ -84,7 +93,7 @@ class StackPass:
             self.reached.add(site)
             site.calls += 1
 
-    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor) -> None:
+    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor | int) -> None:
         """So many of the pairs or places that the site could drop were dropped, int64 ()."""
         if self.counts(site):
             site.count(depth, dropped, total)
@@ -127,8 +136,29 @@ class StackPass:
 
     def keys(self, site: Site, depth: int) -> Tensor:
         """The site's keys, int64 (branches, 2)."""
-        keys = [_key(self, site, depth, branch).derive() for branch in self.tokens.branch_order]
-        return masks.to_device(torch.tensor(keys), self.tokens.document.device)
+        if (site.site, depth) not in self._keys:
+            # Of all sites at once: a transfer to the device takes the host as long as a small layer.
+            places = dict.fromkeys((one.site, d) for one in self.dropping for d in one.drops)
+            places[site.site, depth] = None
+            order = self.tokens.branch_order
+            found = [[MaskKey(self.seed, self.step, b, d, name).derive() for b in order] for name, d in places]
+            table = masks.to_device(torch.tensor(found), self.tokens.document.device)
+            self._keys = dict(zip(places, table.unbind(), strict=True))
+        return self._keys[site.site, depth]
+
+    def planned(self, site: Site, depth: int) -> Tensor:
+        """A column or span mask out of the step's plan: bool (documents, heads, 1, columns), on the tokens' device."""
+        cross = site.kind == "cross-attention"
+        if cross not in self._planned:  # all of them at once, as above
+            self._planned[cross] = self.plans[cross].all_to_torch(self.tokens.document.device)
+        return self._planned[cross][depth, site.site]
+
+    def allowed_pairs(self, site: Site, causal: bool, window: int | None) -> int:
+        """How many (query, key) pairs of all documents the mask allows, for one head."""
+        how = (site.kind, causal, window)
+        if how not in self._pairs:
+            self._pairs[how] = _allowed_pairs(self.tokens, self.column_tokens(site), causal, window)
+        return self._pairs[how]
 
     def draws(self, site: Site, depth: int) -> Tensor:
         """The 32-bit draw of every document's span at this site, int64 (documents,)."""
@@ -180,7 +210,7 @@ def drop_tokens(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int, hidden
     if drop.pattern != "element":
         guided = drop.start == "attention"
         keep = guided_keep(stack_pass, site, drop, depth) if guided else stack_pass.laid(site, drop, depth, 1)[:, 0]
-        rows = ops.triton_hidden.drop_rows if stack_pass.impl == "triton" else ops.drop_rows
+        rows = ops.triton_hidden.drop_rows if _by_kernels(stack_pass, hidden) else ops.drop_rows
         return rows(hidden, keep.flatten(), drop.scale), (keep & tokens.real).count_nonzero()
     if isinstance(stack_pass, StackPass) and stack_pass.recorder is not None:
         # Whoever wants to see the masks gets the very ones that are applied, so here they have to exist: in a replay too,
@@ -191,9 +221,16 @@ def drop_tokens(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int, hidden
         keep = drawn[tokens.document, tokens.position] & tokens.real[..., None]
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
     where = (stack_pass.keys(site, depth), tokens.row_samples, tokens.row_positions, drop.threshold, drop.scale)
-    if stack_pass.impl == "triton":
+    if _by_kernels(stack_pass, hidden):
         return ops.triton_hidden.drop_elements(hidden, *where, count=True)
     return ops.drop_elements(hidden, *where)
+
+
+def _by_kernels(stack_pass: Pass, hidden: Tensor) -> bool:
+    """Whether HiddenCut is Triton's; asked for by name it is in any case, and says what it cannot do."""
+    if not stack_pass.kernels:
+        return False
+    return stack_pass.impl == "triton" or ops.triton_hidden.obstacle(hidden) is None
 
 
 def drop_pooled(stack_pass: Pass, site: Site, drop: SiteDrop, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +280,8 @@ def _key(stack_pass: StackPass, site: Site, depth: int, branch: int) -> MaskKey:
 
 def _planned(stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
     """A column or span mask out of the step's plan: bool (documents, heads, 1, columns), on the tokens' device."""
-    plan = stack_pass.plans[site.kind == "cross-attention"]
     tokens = stack_pass.column_tokens(site)
-    keep = plan.mask(depth, site.site).to_torch(tokens.document.device)
+    keep = stack_pass.planned(site, depth)
     check_heads(heads, planned=keep.shape[1])
     if stack_pass.recorder is not None and stack_pass.counts(site):
         for branch in tokens.branch_order:
@@ -279,3 +315,13 @@ def _record(
         chosen = tokens.branches == branch
         key = _key(stack_pass, site, depth, branch)
         stack_pass.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))
+
+
+def _allowed_pairs(rows: Tokens, columns: Tokens, causal: bool, window: int | None) -> int:
+    """How many (query, key) pairs of all documents the mask allows, for one head."""
+    if rows is not columns:
+        return int((rows.lengths * columns.lengths).sum())
+    lengths = rows.lengths.astype(np.int64)
+    reach = lengths if window is None else np.minimum(lengths, window)
+    back = reach * (reach + 1) // 2 + (lengths - reach) * reach  # the own key, and those before it
+    return int((back if causal else 2 * back - lengths).sum())

@@ -37,6 +37,7 @@ class Places:
     real: Tensor
     row_samples: Tensor
     row_positions: Tensor
+    real_count: Tensor
     sample_ids: Tensor
     real_lengths: Tensor
     packed: bool
@@ -51,6 +52,7 @@ class Places:
             tokens.real,
             tokens.row_samples,
             tokens.row_positions,
+            tokens.real_count,
             tokens.sample_ids,
             tokens.real_lengths,
             tokens.packed,
@@ -67,6 +69,7 @@ class PreparedPass:
     def __init__(self, stack_pass: StackPass, slots: Slots, sites: list[Site], counter: Tensor) -> None:
         self.sites: Mapping[nn.Module, Site] = stack_pass.sites
         self.impl = stack_pass.impl
+        self.kernels = self.impl == "triton"  # auto leaves graphs to torch.compile
         self.running = True
         self.suspect = self.apart = False
         self.group_calls = 0

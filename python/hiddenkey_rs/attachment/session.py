@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from ..plan import PlanEntry, StepPlan
 from .compared import is_for
@@ -60,10 +61,13 @@ class Session:
         drops: bool,
         model: nn.Module,
         output: Site | None,
+        guided: bool,
         choices: bool,
     ) -> None:
         self.seed, self.stacks, self.attention, self.impl, self.drops = seed, stacks, attention, impl, drops
         self.implementations, self.output = implementations, output
+        self.guided = guided
+        """Whether a HiddenCut span asks for the attention weights."""
         self.choices = choices
         """Whether an example is several rows, the choices that its head compares."""
         # Weakly: the hooks hold the session, so it would keep its model until the cycle collector comes by.
@@ -160,9 +164,10 @@ class Session:
             refuse(_DIRECT)
         # What replays need to find is of no use to a graph, and would make it depend on the step.
         if stack_pass is None or not compiling:
+            kernels = stack_pass is not None and stack_pass.kernels
             packed = self._apart and isinstance(stack_pass, StackPass) and stack_pass.tokens.packed
             for implementation in self.implementations:
-                implementation.begin(stack_pass is not None, packed)
+                implementation.begin(stack_pass is not None, kernels, packed)
         if not compiling:
             for layer in stack.layers:
                 layer.current = None
@@ -271,7 +276,8 @@ class Session:
         encoder_tokens = None
         if encoder is not None:
             encoder_tokens = self._encoder_side(active, inputs, encoder)
-        self._check_kernels(stack, tokens, inputs.get("attention_mask"))
+        mask = inputs.get("attention_mask")
+        self._check_kernels(stack, tokens, mask)
         stack_pass = StackPass(
             self.seed,
             active.step,
@@ -279,14 +285,23 @@ class Session:
             encoder_tokens,
             self.attention,
             self.impl,
+            kernels=self._by_kernels(stack, tokens, mask),
             recorder=self.recorder,
             plans=(
                 self._plan(stack.entries[0], active, tokens),
                 self._plan(stack.entries[1] if encoder_tokens is not None else (), active, encoder_tokens or tokens),
             ),
+            dropping=self._counted(stack),
         )
-        stack_pass.suspect = self._suspect(stack, tokens, inputs.get("attention_mask"))
+        stack_pass.suspect = self._suspect(stack, tokens, mask)
         return stack_pass
+
+    def _by_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> bool:
+        if self.impl != "auto":
+            return self.impl == "triton"
+        # Whoever records masks, or asks for weights, needs what kernels never make.
+        fits = not self.guided and self.recorder is None and not (tokens.crowded and lets_documents_mix(stack, mask))
+        return fits and ops.triton_launch.on_cuda(tokens.document.device)
 
     def _check_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> None:
         if self.impl == "triton" and tokens.crowded and lets_documents_mix(stack, mask):

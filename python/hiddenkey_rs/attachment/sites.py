@@ -82,10 +82,10 @@ class Site:
     stack: Stack | None
     drops: dict[int, SiteDrop] = field(default_factory=dict)
     calls: int = 0
-    counts: dict[int, list[Tensor]] = field(default_factory=dict)
+    counts: dict[int, list[Tensor | int]] = field(default_factory=dict)
 
-    def count(self, depth: int, dropped: Tensor, allowed: Tensor) -> None:
-        """Add to the dropped and allowed totals (0-dim int64 tensors, left on their device)."""
+    def count(self, depth: int, dropped: Tensor, allowed: Tensor | int) -> None:
+        """Add to the dropped and allowed totals (0-dim int64 tensors, left on their device, or known to the host)."""
         if depth in self.counts:
             total = self.counts[depth]
             self.counts[depth] = [total[0] + dropped, total[1] + allowed]

@@ -56,6 +56,11 @@ class Tokens:
         return self.position.flatten().contiguous()
 
     @cached_property
+    def real_count(self) -> Tensor:
+        """How many tokens are no padding, int64 ()."""
+        return self.real.count_nonzero()
+
+    @cached_property
     def sample_ids(self) -> Tensor:
         """``samples`` on the batch's device."""
         return to_device(torch.from_numpy(self.samples), self.document.device)

@@ -27,9 +27,8 @@ from .step_models import (
     DOUBLED,
     FULL,
     FULL_AGAIN,
-    FULL_KERNELS,
     MINUS,
-    MINUS_KERNELS,
+    MINUS_MASKS,
     NONE,
     NONE_AGAIN,
     RDROP,
@@ -50,15 +49,13 @@ _COMPARED = (
     (MINUS, ADAPTER, 1.00, 1.00),
     (MINUS, NONE, 1.03, 1.03),
     (FULL, NONE, 1.50, 1.30),
-    (MINUS_KERNELS, ADAPTER, 1.00, 1.00),
-    (MINUS_KERNELS, NONE, 1.03, 1.03),
-    (FULL_KERNELS, NONE, 1.50, 1.30),
     (FULL_AGAIN, NONE_AGAIN, 1.40, 1.30),
     (RDROP, DOUBLED, 1.00, 1.00),
     (BOTH, DOUBLED, 1.00, 1.00),
     (COMPILED[2], COMPILED[1], 1.00, 1.00),
     (COMPILED[2], COMPILED[0], 1.03, 1.03),
     (COMPILED[3], COMPILED[0], 1.50, 1.30),
+    (MINUS_MASKS, NONE, None, None),
     (ADAPTER, NONE, None, None),
     (STOCK, NONE, None, None),
     (DOUBLED, NONE, None, None),
@@ -66,8 +63,6 @@ _COMPARED = (
 _MEMORY = (
     (MINUS, NONE, 1.02),
     (FULL, NONE, 1.10),
-    (MINUS_KERNELS, NONE, 1.02),
-    (FULL_KERNELS, NONE, 1.10),
     (FULL_AGAIN, NONE_AGAIN, None),
     (BOTH, DOUBLED, None),
 )
@@ -157,7 +152,7 @@ def _model(sizes: Sizes, shape: Shape, threads: int, place: dict[str, Any]) -> I
         devices.say(f"step: {shape.label}, {threads} thread(s), {len(timed)} variants in turn")
         samples = _alternate(timed, sizes)
     if sizes.profile:
-        shown = [variant for variant in (NONE, ADAPTER, MINUS, FULL, MINUS_KERNELS) if variant in timed]
+        shown = [variant for variant in (NONE, ADAPTER, MINUS, FULL) if variant in timed]
         place = {**place, "profile": step_profile.profile({v: timed[v] for v in shown}, sizes.device)}
     decoder = shape.decoder
     for ours, peer, *limits in _COMPARED if sizes.times else ():

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from .. import ops
 from ..attachment import attach
 from ..config import Consistency, HiddenKeyConfig
 from ..errors import ConfigError
@@ -105,8 +104,8 @@ FULL = Variant("HiddenKey", preset="hiddenkey")
 BOTH = Variant("HiddenKey, both branches", preset="hiddenkey", both=True)
 DOUBLED = Variant("R-Drop, doubled batch", stock=True, doubled=True)
 RDROP = Variant("r-drop preset", preset="r-drop", stock=True)
-MINUS_KERNELS = Variant("HiddenKey-, Triton", preset="hiddenkey-minus", impl="triton")
-FULL_KERNELS = Variant("HiddenKey, Triton", preset="hiddenkey", impl="triton")
+MINUS_MASKS = Variant("HiddenKey-, SDPA with masks", preset="hiddenkey-minus", impl="sdpa")
+"""On CUDA, where ``auto`` takes the kernels: what they save."""
 NONE_AGAIN = Variant("no dropout, checkpointing", checkpointing=True)
 FULL_AGAIN = Variant("HiddenKey, checkpointing", preset="hiddenkey", checkpointing=True)
 COMPILED = (
@@ -120,8 +119,8 @@ COMPILED = (
 def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
     """The variants of a model. Those whose steps are long, and that no goal is about, are left out on a CPU."""
     found = [NONE, ADAPTER, MINUS, FULL, DOUBLED, RDROP]
-    if ops.triton_attention.unable(torch.empty(0, device=device)) is None:
-        found += [MINUS_KERNELS, FULL_KERNELS]
+    if device != "cpu":
+        found.append(MINUS_MASKS)
     if not shape.decoder:
         found.insert(2, STOCK)
     if not shape.decoder or device != "cpu":

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from ..serialise import choice
 from . import triton_gather
 from .documents import Documents
 from .reference import POSITIONS
-from .triton_launch import Launch, kernels, strides, unable, widest_head
+from .triton_launch import Launch, kernels, strides, unable, unwatched, widest_head
 
 HEADS = ("group", "query")
 _LOG2E = 1.4426950408889634
@@ -121,7 +122,11 @@ def attention(
         raise ConfigError(f"kept keys cannot be visited alone: {reason} (got gather=True); leave it out")
     if gather is None:
         gather = reason is None and triton_gather.worth_gathering(documents.keys, rate, causal, window)
-    outputs = attention_forward(
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if scaling <= 0:  # kernels multiply maxima by it, too
+        query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
+    attend = _Attention.apply if unwatched(query) else attention_forward
+    outputs = attend(
         *(rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value)),
         documents.table,
         keys,
@@ -131,7 +136,7 @@ def attention(
         documents.shifted,
         threshold,
         mask_heads,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling,
         position == "dropattention" and not (keys is None and keep is None),
         causal,
         window or 0,
@@ -211,8 +216,7 @@ def _check(
             )
 
 
-@torch.library.custom_op("hiddenkey_rs::triton_attention", mutates_args=())
-def attention_forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -234,10 +238,12 @@ def attention_forward(
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Behind :func:`attention`, which checks: (out, log-sums over kept and over allowed keys, rescued rows, kept pairs)."""
-    outputs = _outputs(query, value, keys is not None or keep is not None, dropattention, full)
+    # A list's kernels write no flags across documents, where no row is lost.
+    written = full and not (gather and cross)
+    outputs = _outputs(query, value, keys is not None or keep is not None, dropattention, full, written)
     out, log_kept, log_allowed, lost, counts = outputs
     lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
-    launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads, lists=lists)
+    launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads, causal, lists=lists)
     if launch.programs:
         with launch.device:
             kernels("attention_forward").forward_kernel[(launch.programs,)](
@@ -250,8 +256,7 @@ def attention_forward(
     return outputs
 
 
-@torch.library.custom_op("hiddenkey_rs::triton_attention_backward", mutates_args=())
-def attention_backward(
+def _backward(
     gradient: Tensor,
     query: Tensor,
     key: Tensor,
@@ -293,7 +298,7 @@ def attention_backward(
     sums = (log_kept, log_allowed, lost, deltas)
     settings = (scaling, scaling * _LOG2E, window, threshold)
     backward = kernels("attention_backward")
-    launch = Launch("query", query, key, value, table, keys, keep, most_queries, mask_heads, lists=lists)
+    launch = Launch("query", query, key, value, table, keys, keep, most_queries, mask_heads, causal, lists=lists)
     if launch.programs:
         with launch.device:
             backward.query_gradient_kernel[(launch.programs,)](
@@ -301,7 +306,7 @@ def attention_backward(
                 *strides(query, key, value, out, gradient, grad_query, grad_value), *launch.numbers, *settings,
                 **launch.constants, **flags,
             )  # fmt: skip
-    launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, shifted, lists)
+    launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, causal, shifted, lists)
     if launch.programs:
         with launch.device:
             backward.key_gradient_kernel[(launch.programs,)](
@@ -315,9 +320,13 @@ def attention_backward(
 
 
 def _outputs(
-    query: Tensor, value: Tensor, masked: bool, dropattention: bool, full: bool
+    query: Tensor, value: Tensor, masked: bool, dropattention: bool, full: bool, written: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what :func:`attention_forward` returns, as it is where no document stands; ``full``: they stand everywhere."""
+    """Memory for what :func:`attention_forward` returns, as it is where no document stands.
+
+    Args:
+        full: documents stand everywhere. written: the kernel writes the flags of every row.
+    """
     rows = query.shape[:3]
     some: Any = rows if dropattention else (0,)
 
@@ -329,7 +338,7 @@ def _outputs(
         _heads_inside(query, value.shape[-1], full=full),
         logs(rows),
         logs(some),
-        query.new_zeros(rows if masked else (0,), dtype=torch.int8),  # not every kernel writes all of it
+        (query.new_empty if written else query.new_zeros)(rows if masked else (0,), dtype=torch.int8),
         query.new_zeros((), dtype=torch.int64),
     )
 
@@ -350,11 +359,15 @@ def _added_up(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return sums.to(dtype).transpose(1, 2)
 
 
+attention_forward = torch.library.custom_op("hiddenkey_rs::triton_attention", _forward, mutates_args=())
+attention_backward = torch.library.custom_op("hiddenkey_rs::triton_attention_backward", _backward, mutates_args=())
+
+
 @attention_forward.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, keys: Tensor | None, keep: Tensor | None, *rest: Any
 ) -> Any:
-    return _outputs(query, value, keys is not None or keep is not None, rest[6], False)
+    return _outputs(query, value, keys is not None or keep is not None, rest[6], False, False)
 
 
 @attention_backward.register_fake
@@ -368,10 +381,28 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(query, key, value, out, log_kept, log_allowed, lost, table, keys, keep)
     ctx.settings = settings[:-1]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
 
 
-def _gradient(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-    return *attention_backward(gradient, *ctx.saved_tensors, *ctx.settings), *(None,) * 16
+def _gradient(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    grads = (None,) * 3 if gradient is None else attention_backward(gradient, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *(None,) * 16
 
 
 attention_forward.register_autograd(_gradient, setup_context=_save)
+
+
+class _Attention(torch.autograd.Function):
+    """What the operators do, where nobody watches them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
+        grads = (None,) * 3 if gradient is None else _backward(gradient, *ctx.saved_tensors, *ctx.settings)
+        return *grads, *(None,) * 16

@@ -1,12 +1,12 @@
 """Triton kernels of attention with dropped keys: which pairs a tile may use, and the forward pass."""
 
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN201, N803
+# ruff: noqa: ANN001, ANN201, N803, N806, SIM108
 
 from __future__ import annotations
 
 from .triton_gather_kernel import kept_columns, kept_range, list_of
-from .triton_philox import jit, keep_tile, ones, sample_words, tl
+from .triton_philox import drawn_columns, jit, keep_tile, ones, sample_words, tl
 
 VARYING = ["queries", "flag_columns", "documents_each", "blocks", "threshold"]
 """Arguments that change with the batch: Triton would compile a variant for multiples of 16, and one for 1, of each."""
@@ -55,13 +55,18 @@ def scores_of(left, right, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION:
 
 
 @jit
-def load_rows(base, stride, rows, bound, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a (tokens, head size) matrix, (rows, BLOCK); zero outside the bound and the head size."""
+def load_rows(base, stride, rows, bound, HEAD: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of a (tokens, head size) matrix, (rows, BLOCK); zero outside the bound (``WHOLE``: none is) and the head size."""
     features = tl.arange(0, BLOCK)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + features[None, :]
     inside = ((rows >= 0) & (rows < bound))[:, None]
     if HEAD != BLOCK:
         inside = inside & (features < HEAD)[None, :]
-    return tl.load(base + rows.to(tl.int64)[:, None] * stride + features[None, :], mask=inside, other=0.0)
+    if WHOLE and HEAD == BLOCK:
+        loaded = tl.load(pointers)
+    else:
+        loaded = tl.load(pointers, mask=inside, other=0.0)
+    return loaded
 
 
 @jit
@@ -77,14 +82,18 @@ def store_rows(base, stride, rows, bound, values, HEAD: tl.constexpr, BLOCK: tl.
 
 @jit
 def allowed_tile(rows, columns, low, high, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Pairs of positions that attention may use, int1 (rows, columns) (or (1, columns)): inside [low, high) and seen."""
-    allowed = ((columns >= low) & (columns < high))[None, :]
+    """Pairs of positions that attention may use, int1 (rows, columns) (or (1, columns)): inside [low, high) and seen.
+
+    Args:
+        rows: (rows, 1). columns: (1, columns).
+    """
+    allowed = (columns >= low) & (columns < high)
     if CAUSAL:
-        allowed = allowed & (columns[None, :] <= rows[:, None])
+        allowed = allowed & (columns <= rows)
     if WINDOW:
-        allowed = allowed & (columns[None, :] > rows[:, None] - window)
+        allowed = allowed & (columns > rows - window)
         if not CAUSAL:
-            allowed = allowed & (columns[None, :] < rows[:, None] + window)
+            allowed = allowed & (columns < rows + window)
     return allowed
 
 
@@ -115,38 +124,128 @@ def head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN: tl.c
 
 @jit
 def tile_columns(first, end, flags, flag_columns, PATTERN: tl.constexpr, COLUMNS: tl.constexpr):
-    """Positions of a tile's keys: those from ``first`` on, or those that a list holds there, -1 behind its end."""
+    """Positions of a tile's keys: those from ``first`` on (element masks: around it), or of a list, -1 behind its end."""
     columns = first + tl.arange(0, COLUMNS)
+    if PATTERN == 1:
+        columns = drawn_columns(first, COLUMNS)
     if PATTERN == 3:
         columns = kept_columns(flags, flag_columns, first, end, COLUMNS)
     return columns
 
 
 @jit
-def key_range(row_low, row_high, low, high, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
-    """Key positions [from, to) that rows [row_low, row_high) can see; ``from`` is rounded down to a whole tile."""
+def key_range(
+    row_low, row_high, low, high, window, flags,
+    PATTERN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys [from, to) that rows [row_low, row_high) can see: positions, of whole tiles, or places of a list."""
+    start, end = low, high
     if CAUSAL:
-        high = tl.minimum(high, row_high)
+        end = tl.minimum(end, row_high)
     if WINDOW:
-        low = tl.maximum(low, row_low - window + 1)
+        start = tl.maximum(start, row_low - window + 1)
         if not CAUSAL:
-            high = tl.minimum(high, row_high + window - 1)
-    return (low // BLOCK) * BLOCK, high
+            end = tl.minimum(end, row_high + window - 1)
+    if PATTERN == 3:
+        start, end = kept_range(flags, start, end, low, high)
+    else:
+        SPAN: tl.constexpr = 128 if PATTERN == 1 else COLUMNS
+        start = start // SPAN * SPAN
+        end = tl.cdiv(end, SPAN) * SPAN
+    return start, end
 
 
 @jit
-def add_kept(scores, values, kept, maximum, total, output, PRECISION: tl.constexpr):
-    """Online softmax in base 2: (scores, values) of the kept pairs join the running maximum, sum and output."""
-    scores = tl.where(kept, scores, float("-inf"))
-    highest = tl.maximum(maximum, tl.max(scores, 1))
-    # A row that has kept nothing yet has -inf for its maximum; -inf - -inf would be NaN.
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(scores - base[:, None])
+def whole_end(
+    start, end, row_low, low, high, flags,
+    PATTERN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Where the whole tiles of :func:`key_range` end, of which every query from ``row_low`` on sees every key.
+
+    They need no mask but the drawn one: half the instructions a pair.
+    """
+    SPAN: tl.constexpr = 128 if PATTERN == 1 else COLUMNS
+    seen = high
+    if CAUSAL:
+        seen = tl.minimum(row_low + 1, high)
+    if PATTERN == 3:
+        _, seen = kept_range(flags, low, seen, low, high)
+    else:
+        seen = tl.where(start < low, start, seen)  # the first tile begins before the document
+    if WINDOW:
+        seen = start
+    return start + tl.maximum(tl.minimum(seen, end) - start, 0) // SPAN * SPAN
+
+
+@jit
+def add_kept(scores, scale, values, maximum, total, output, EVERY: tl.constexpr, PRECISION: tl.constexpr):
+    """Online softmax in base 2: a tile's scores (before scaling; -inf is not kept) join the running maximum, sum and output.
+
+    ``EVERY``: each row keeps a pair of this tile.
+    """
+    highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
+    base = highest
+    if not EVERY:
+        # A row that has kept nothing yet has -inf for its maximum; -inf - -inf would be NaN.
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+    weights = tl.exp2(scores * scale - base[:, None])
     shrink = tl.exp2(maximum - base)
     total = total * shrink + tl.sum(weights, 1)
     output = output * shrink[:, None]
     output = dot(weights.to(values.dtype), values, output, PRECISION)
     return highest, total, output
+
+
+@jit
+def visit_tiles(
+    maximum, total, output, dropped_maximum, dropped_total, kept_pairs, start, end,
+    q, key, key_token, value, value_token, key_first, key_count, rows, low, high, window, scale,
+    head, sample, k0, k1, threshold, flags, flag_columns,
+    HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PATTERN: tl.constexpr, DROPATTENTION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, COUNT: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys from ``start`` to ``end`` join a block's running sums. ``WHOLE``: see :func:`whole_end`."""
+    for first in range(start, end, COLUMNS):
+        columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
+        k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D, WHOLE)
+        v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V, WHOLE)
+        scores = scores_of(q, k, ROWS, COLUMNS, PRECISION)
+        allowed = tl.full((1, 1), 1, tl.int1)
+        if not WHOLE:
+            allowed = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW)
+        kept = allowed
+        if PATTERN == 1 or PATTERN == 2:
+            keep = drawn_tile(
+                rows, columns, first, head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
+            )
+            kept = allowed & keep
+        if DROPATTENTION:
+            dropped = allowed & (keep == 0)
+            dropped_highest = tl.maximum(dropped_maximum, tl.max(tl.where(dropped, scores, float("-inf")), 1) * scale)
+            base = tl.where(dropped_highest == float("-inf"), 0.0, dropped_highest)
+            highest = tl.maximum(maximum, tl.max(tl.where(kept, scores, float("-inf")), 1) * scale)
+            kept_base = tl.where(highest == float("-inf"), 0.0, highest)
+            shifted = scores * scale - tl.where(keep, kept_base[:, None], base[:, None])
+            if not WHOLE:
+                shifted = tl.where(allowed, shifted, float("-inf"))
+            weights = tl.exp2(shifted)
+            kept_weights = tl.where(keep, weights, 0.0)
+            shrink = tl.exp2(maximum - kept_base)
+            dropped_total = dropped_total * tl.exp2(dropped_maximum - base) + tl.sum(weights - kept_weights, 1)
+            total = total * shrink + tl.sum(kept_weights, 1)
+            output = output * shrink[:, None]
+            output = dot(kept_weights.to(v.dtype), v, output, PRECISION)
+            maximum = highest
+            dropped_maximum = dropped_highest
+        else:
+            every: tl.constexpr = WHOLE and PATTERN != 1 and PATTERN != 2
+            if not every:
+                scores = tl.where(kept, scores, float("-inf"))
+            maximum, total, output = add_kept(scores, scale, v, maximum, total, output, every, PRECISION)
+        if COUNT:
+            kept_pairs += tl.sum(ones(tl.broadcast_to(kept, (ROWS, COLUMNS)), scores), 1)
+    return maximum, total, output, dropped_maximum, dropped_total, kept_pairs
 
 
 @jit(do_not_specialize=VARYING)
@@ -190,9 +289,7 @@ def forward_kernel(
     low, high = key_first, key_first + key_count
     row_low = query_first + block * ROWS
     row_high = tl.minimum(row_low + ROWS, query_first + query_count)
-    start, end = key_range(row_low, row_high, low, high, window, CAUSAL, WINDOW, 1 if PATTERN == 3 else COLUMNS)
-    if PATTERN == 3:
-        start, end = kept_range(flags, start, end, low, high)
+    start, end = key_range(row_low, row_high, low, high, window, flags, PATTERN, CAUSAL, WINDOW, COLUMNS)
     maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     output = tl.zeros((ROWS, BLOCK_V), tl.float32)
@@ -201,38 +298,20 @@ def forward_kernel(
     dropped_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     dropped_total = tl.zeros((ROWS,), tl.float32)
     kept_pairs = tl.zeros((ROWS,), tl.int32)
-    for first in range(start, end, COLUMNS):
-        columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
-        k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D)
-        v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V)
-        scores = scores_of(q, k, ROWS, COLUMNS, PRECISION) * scale
-        allowed = allowed_tile(rows, columns, low, high, window, CAUSAL, WINDOW)
-        kept = allowed
-        if PATTERN == 1 or PATTERN == 2:
-            keep = drawn_tile(
-                rows, columns, first, mask_head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
-            )
-            kept = allowed & keep
-        if DROPATTENTION:
-            dropped = allowed & (keep == 0)
-            dropped_highest = tl.maximum(dropped_maximum, tl.max(tl.where(dropped, scores, float("-inf")), 1))
-            base = tl.where(dropped_highest == float("-inf"), 0.0, dropped_highest)
-            highest = tl.maximum(maximum, tl.max(tl.where(kept, scores, float("-inf")), 1))
-            kept_base = tl.where(highest == float("-inf"), 0.0, highest)
-            shifted = scores - tl.where(keep, kept_base[:, None], base[:, None])
-            weights = tl.exp2(tl.where(allowed, shifted, float("-inf")))
-            kept_weights = tl.where(keep, weights, 0.0)
-            shrink = tl.exp2(maximum - kept_base)
-            dropped_total = dropped_total * tl.exp2(dropped_maximum - base) + tl.sum(weights - kept_weights, 1)
-            total = total * shrink + tl.sum(kept_weights, 1)
-            output = output * shrink[:, None]
-            output = dot(kept_weights.to(v.dtype), v, output, PRECISION)
-            maximum = highest
-            dropped_maximum = dropped_highest
-        else:
-            maximum, total, output = add_kept(scores, v, kept, maximum, total, output, PRECISION)
-        if COUNT:
-            kept_pairs += tl.sum(ones(tl.broadcast_to(kept, (ROWS, COLUMNS)), scores), 1)
+    whole = whole_end(start, end, row_low, low, high, flags, PATTERN, CAUSAL, WINDOW, COLUMNS)
+    if not WINDOW:
+        maximum, total, output, dropped_maximum, dropped_total, kept_pairs = visit_tiles(
+            maximum, total, output, dropped_maximum, dropped_total, kept_pairs, start, whole,
+            q, key, key_token, value, value_token, key_first, key_count, rows, low, high, window, scale,
+            mask_head, sample, k0, k1, threshold, flags, flag_columns,
+            HEAD, HEAD_V, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PATTERN, DROPATTENTION, CAUSAL, WINDOW, COUNT, PRECISION, True,
+        )  # fmt: skip
+    maximum, total, output, dropped_maximum, dropped_total, kept_pairs = visit_tiles(
+        maximum, total, output, dropped_maximum, dropped_total, kept_pairs, whole, end,
+        q, key, key_token, value, value_token, key_first, key_count, rows, low, high, window, scale,
+        mask_head, sample, k0, k1, threshold, flags, flag_columns,
+        HEAD, HEAD_V, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PATTERN, DROPATTENTION, CAUSAL, WINDOW, COUNT, PRECISION, False,
+    )  # fmt: skip
 
     if DROPATTENTION:
         # log2 of the sum over the allowed keys = kept and dropped together, before any rescue.
@@ -253,11 +332,11 @@ def forward_kernel(
             columns = first + tl.arange(0, COLUMNS)
             k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D)
             v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V)
-            scores = scores_of(q, k, ROWS, COLUMNS, PRECISION) * scale
-            kept = allowed_tile(rows, columns, low, high, window, CAUSAL, WINDOW) & lost[:, None]
+            kept = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW) & lost[:, None]
             if OWN:
                 kept = kept & (columns[None, :] == rows[:, None])
-            maximum, total, output = add_kept(scores, v, kept, maximum, total, output, PRECISION)
+            scores = tl.where(kept, scores_of(q, k, ROWS, COLUMNS, PRECISION), float("-inf"))
+            maximum, total, output = add_kept(scores, scale, v, maximum, total, output, False, PRECISION)
             if COUNT:
                 kept_pairs += tl.sum(kept.to(tl.int32), 1)
 
@@ -275,6 +354,8 @@ def forward_kernel(
             kept_pairs += lost.to(tl.int32)
     out += row * out_row + far * out_head + query_start * out_token
     store_rows(out, out_token, index, query_count, output, HEAD_V, BLOCK_V)
+    if (PATTERN == 1 or PATTERN == 2) and OWN and not DROPATTENTION:
+        some = some & (lost == 0)  # one key alone: as without a list, backward has nothing to do but for its value
     kept_log = tl.where(some, maximum + tl.log2(tl.where(some, total, 1.0)), float("inf"))
     tl.store(log_kept + place, kept_log, mask=real)
     if DROPATTENTION:

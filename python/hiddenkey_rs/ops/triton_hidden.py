@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
-from .triton_launch import kernels
+from .triton_launch import kernels, unwatched
 from .triton_launch import unable as obstacle
 
 __all__ = ["drop_elements", "drop_rows", "obstacle"]
@@ -61,7 +62,8 @@ def drop_elements(
             raise ConfigError(f"{name} must be int64 (got {tensor.dtype}); convert them")
     if not 0 <= threshold <= 65535:
         raise ConfigError(f"threshold must lie in 0..65535 (got {threshold}); use a rate below 1")
-    outputs: tuple[Tensor, Tensor] = drop_forward(hidden, residual, keys, samples, positions, threshold, scale, count)
+    drop = _DropElements.apply if unwatched(hidden) else drop_forward
+    outputs: tuple[Tensor, Tensor] = drop(hidden, residual, keys, samples, positions, threshold, scale, count)
     return outputs
 
 
@@ -81,7 +83,8 @@ def drop_rows(hidden: Tensor, keep: Tensor, scale: float, *, residual: Tensor | 
             f"keep must hold one bool a row of hidden states (got {keep.dtype} of shape {tuple(keep.shape)} for "
             f"{rows} rows); flatten batch and length alike"
         )
-    out: Tensor = drop_rows_forward(hidden, residual, keep, scale)
+    drop = _DropRows.apply if unwatched(hidden) else drop_rows_forward
+    out: Tensor = drop(hidden, residual, keep, scale)
     return out
 
 
@@ -107,8 +110,7 @@ def _check(hidden: Tensor, residual: Tensor | None, **beside: Tensor) -> int:
     return hidden.numel() // max(hidden.shape[-1], 1)
 
 
-@torch.library.custom_op("hiddenkey_rs::triton_drop_elements", mutates_args=())
-def drop_forward(
+def _elements(
     hidden: Tensor,
     residual: Tensor | None,
     keys: Tensor,
@@ -119,14 +121,14 @@ def drop_forward(
     count: bool,
 ) -> tuple[Tensor, Tensor]:
     """Behind :func:`drop_elements`, which checks."""
+    counts = torch.zeros((), dtype=torch.int64, device=hidden.device)
     places = (keys.contiguous(), samples.contiguous(), positions.contiguous())
-    return _launch(hidden, residual, places, None, scale, threshold=threshold, count=count)
+    return _launch(hidden, residual, places, None, scale, threshold, counts if count else None), counts
 
 
-@torch.library.custom_op("hiddenkey_rs::triton_drop_rows", mutates_args=())
-def drop_rows_forward(hidden: Tensor, residual: Tensor | None, keep: Tensor, scale: float) -> Tensor:
+def _rows(hidden: Tensor, residual: Tensor | None, keep: Tensor, scale: float) -> Tensor:
     """Behind :func:`drop_rows`, which checks."""
-    return _launch(hidden, residual, None, keep.contiguous(), scale)[0]
+    return _launch(hidden, residual, None, keep.contiguous(), scale)
 
 
 def _launch(
@@ -135,10 +137,10 @@ def _launch(
     places: tuple[Tensor, Tensor, Tensor] | None,
     keep: Tensor | None,
     scale: float,
-    *,
     threshold: int = 0,
-    count: bool = False,
-) -> tuple[Tensor, Tensor]:
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The result; adds how many places were kept to ``counts``."""
     features = hidden.shape[-1]
     flat = hidden.reshape(-1, features) if hidden.numel() else hidden.new_empty(0, max(features, 1))
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
@@ -146,27 +148,31 @@ def _launch(
     added = added if added.stride(1) == 1 else added.contiguous()
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     rows = out.view(flat.shape)
-    counts = torch.zeros((), dtype=torch.int64, device=hidden.device)
     blocks = -(-features // _COLUMNS)
     programs = -(-len(flat) // _ROWS) * blocks
     if not programs:
-        return out, counts
-    # Tensors that this pattern has no use for: any pointer does.
-    keys, samples, positions = places or (counts,) * 3
-    flags = counts if keep is None else keep.view(torch.uint8)
+        return out
+    # Tensors that there is no use for: any pointer does.
+    keys, samples, positions = places or (out,) * 3
+    flags = keys if keep is None else keep.view(torch.uint8)
+    rows_each = len(flat) if places is None else len(flat) // (keys.numel() // 2)
     device: Any = torch.cuda.device(hidden.device) if hidden.device.type == "cuda" else nullcontext()
     kernel = kernels("hidden_kernel").drop_kernel
     with device:
         kernel[(programs,)](
-            flat, added, rows, counts, keys, samples, positions, flags,
-            flat.stride(0), added.stride(0), rows.stride(0), len(flat), len(flat) // max(keys.numel() // 2, 1), blocks,
+            flat, added, rows, keys if counts is None else counts, keys, samples, positions, flags,
+            flat.stride(0), added.stride(0), rows.stride(0), len(flat), rows_each, blocks,
             scale, threshold,
             FEATURES=features, ROWS=_ROWS, COLUMNS=_COLUMNS,
-            ELEMENT=places is not None, RESIDUAL=residual is not None, COUNT=count,
+            ELEMENT=places is not None, RESIDUAL=residual is not None, COUNT=counts is not None,
             # A fused multiply-add would round once where the unfused operations round twice.
             num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    return out, counts
+    return out
+
+
+drop_forward = torch.library.custom_op("hiddenkey_rs::triton_drop_elements", _elements, mutates_args=())
+drop_rows_forward = torch.library.custom_op("hiddenkey_rs::triton_drop_rows", _rows, mutates_args=())
 
 
 @drop_forward.register_fake
@@ -184,10 +190,13 @@ def _keep_coordinates(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.residual = residual is not None
     ctx.save_for_backward(keys, samples, positions)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _drop_gradient(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
-    dropped, _ = drop_forward(gradient, None, *ctx.saved_tensors, ctx.threshold, ctx.scale, False)
+def _drop_gradient(ctx: Any, gradient: Tensor | None, _: Any, drop: Any = drop_forward) -> tuple[Any, ...]:
+    if gradient is None:
+        return (None,) * 8
+    dropped, _ = drop(gradient, None, *ctx.saved_tensors, ctx.threshold, ctx.scale, False)
     return dropped, gradient if ctx.residual else None, None, None, None, None, None, None
 
 
@@ -197,10 +206,40 @@ def _keep_flags(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(keep)
 
 
-def _drop_rows_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    dropped = drop_rows_forward(gradient, None, *ctx.saved_tensors, ctx.scale)
+def _drop_rows_gradient(ctx: Any, gradient: Tensor, drop: Any = drop_rows_forward) -> tuple[Any, ...]:
+    dropped = drop(gradient, None, *ctx.saved_tensors, ctx.scale)
     return dropped, gradient if ctx.residual else None, None, None
 
 
 drop_forward.register_autograd(_drop_gradient, setup_context=_keep_coordinates)
 drop_rows_forward.register_autograd(_drop_rows_gradient, setup_context=_keep_flags)
+
+
+class _DropElements(torch.autograd.Function):
+    """What the operator does, where nobody watches it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _elements(*inputs)
+        _keep_coordinates(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> Any:
+        return _drop_gradient(ctx, gradient, _, _elements)
+
+
+class _DropRows(torch.autograd.Function):
+    """What the operator does, where nobody watches it."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _rows(*inputs)
+        _keep_flags(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _drop_rows_gradient(ctx, gradient, _rows)

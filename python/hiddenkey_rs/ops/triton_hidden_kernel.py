@@ -29,6 +29,8 @@ def drop_kernel(
     inside = there[:, None] & (column < FEATURES)[None, :]
     wide = row.to(tl.int64)[:, None]
     states = tl.load(hidden + wide * hidden_row + column[None, :], mask=inside, other=0.0)
+    if RESIDUAL:  # now, so that it is on its way while the mask is drawn
+        added = tl.load(residual + wide * residual_row + column[None, :], mask=inside, other=0.0)
     if ELEMENT:
         sample = tl.load(samples + row, mask=there, other=-1)
         position = tl.load(positions + row, mask=there, other=0)
@@ -44,10 +46,7 @@ def drop_kernel(
     chosen = ones(keep, states)
     values = tl.where(chosen != 0, states.to(tl.float32) * scale, 0.0)
     if RESIDUAL:
-        rounded = values.to(out.dtype.element_ty).to(tl.float32)
-        values = rounded + tl.load(residual + wide * residual_row + column[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        values = values.to(out.dtype.element_ty).to(tl.float32) + added.to(tl.float32)
     tl.store(out + wide * out_row + column[None, :], values.to(out.dtype.element_ty), mask=inside)
     if COUNT:
         tl.atomic_add(counts, tl.sum(tl.sum(tl.where(inside, chosen, 0), 1), 0).to(tl.int64), sem="relaxed")

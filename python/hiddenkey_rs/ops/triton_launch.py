@@ -24,6 +24,11 @@ def widest_head(states: Tensor) -> int:
     return 128 if _shared_memory(states.device) >= HOPPER else 64
 
 
+def on_cuda(device: torch.device) -> bool:
+    """Whether this is a CUDA device, and Triton is there to use it."""
+    return device.type == "cuda" and _installed()
+
+
 def unable(states: Tensor) -> str | None:
     """Why Triton cannot work on this tensor at all: not installed, another device, another dtype."""
     if not _installed():
@@ -33,6 +38,19 @@ def unable(states: Tensor) -> str | None:
     if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
         return f"it needs tensors on a CUDA device, not {states.device} (or TRITON_INTERPRET=1)"
     return None
+
+
+def unwatched(states: Tensor) -> bool:
+    """Whether nobody compiles, traces or watches operators, which is what going through torch's dispatcher is for.
+
+    Eager training goes past it: a custom operator costs the host 100 us forward and backward, as much as a small layer.
+    """
+    return (
+        type(states) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 class Launch:
@@ -49,16 +67,21 @@ class Launch:
         keep: Tensor | None,
         longest: int,
         mask_heads: int,
+        causal: bool,
         shifted: bool = False,
         lists: Tensor | None = None,
     ) -> None:
         heads, groups = query.shape[1], key.shape[1]
         head, head_v = query.shape[-1], value.shape[-1]
         pattern = _KEPT if lists is not None else _KEYS if keep is not None else _NOTHING if keys is None else _ELEMENT
-        rows, columns, warps, stages = tiles(kind, max(head, head_v), query.dtype, _shared_memory(query.device))
-        # A document whose first key stands inside a tile of positions can touch one tile more; tiles of a list cannot.
-        beyond = (columns - 1) * (shifted and pattern != _KEPT)
-        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + beyond, columns)
+        rows, columns, warps, stages = tiles(
+            kind, max(head, head_v), query.dtype, _shared_memory(query.device), pattern == _ELEMENT, causal
+        )
+        # Element masks are drawn 128 columns at a time, for one tile or two.
+        span = max(columns, 128) if pattern == _ELEMENT else columns
+        # A document whose first key stands inside a tile of positions can touch one more; tiles of a list cannot.
+        beyond = (span - 1) * (shifted and pattern != _KEPT)
+        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + beyond, span) * (span // columns)
         owners = mask_heads if pattern == _KEPT else groups
         self.programs = blocks * len(table) * (owners if kind == "key" else heads)
         # Tensors that a launch has no use for: any pointer does.
@@ -101,13 +124,18 @@ def device_of(states: Tensor) -> Any:
     return torch.cuda.device(states.device) if states.device.type == "cuda" else nullcontext()
 
 
-def tiles(kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER) -> tuple[int, int, int, int]:
+def tiles(
+    kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER, drawn: bool = False, causal: bool = False
+) -> tuple[int, int, int, int]:
     """Rows, columns, warps and pipeline stages of ``"forward"``, ``"query"`` and ``"key"`` (gradients) kernels.
 
-    Chosen by what the compiler makes of them for sm_90 (registers, spills, shared memory), not by timings. Tiles of
-    128 columns use every bit of a generator call. Gradients of keys hold two accumulators, which leaves room for 64
-    columns only where heads are wide; there a call is half used. Eight warps divide 128 rows among them: of 64, each half
-    of them would compute all. ``shared``: bytes of shared memory a block can have.
+    Args:
+        head: the wider of the two head sizes. shared: bytes of shared memory a block can have.
+        drawn: whether elements are drawn: by 64 columns or 128. causal: whether queries see different keys.
+
+    For Hopper in 16 bits measured on an H100 (``benches/results/tiles_h100.jsonl``); else chosen by what the compiler makes
+    of them for sm_90 and sm_89 (registers, spills, shared memory). Eight warps divide 128 rows among them: of 64, each half
+    of them would compute all.
     """
     if dtype == torch.float32:
         if shared < HOPPER:
@@ -121,9 +149,13 @@ def tiles(kind: str, head: int, dtype: torch.dtype, shared: int = HOPPER) -> tup
         return (64 if kind == "query" or head <= 64 else 32), 64, 4, 2
     if head > 128:
         return 128, 64, 8, 1
-    if kind == "key":
-        return (128, 128, 8, 2) if head <= 64 else (128, 64, 8, 1)
-    return 128, 128, 8, 2
+    if drawn:
+        return (64, 64, 4, 1) if kind == "key" else (128, 128, 8, 2)
+    if head <= 64 and kind == "forward":
+        return 128, 64, 4, 3
+    if head <= 64 and kind == "query" and not causal:
+        return 64, 128, 4, 2
+    return 64, 64, 4, 2
 
 
 @cache

@@ -6,7 +6,7 @@ The one place that imports Triton. Where it is not installed the kernels exist b
 
 # Triton's type inference, not mypy's, checks kernels; their arguments are pointers and scalars of the launch.
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN003, ANN201, N803
+# ruff: noqa: ANN001, ANN003, ANN201, N803, N806
 
 from __future__ import annotations
 
@@ -24,9 +24,37 @@ def jit(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+@jit
+def sample_words(sample):
+    """c2 and c3 of element masks for int64 sample ids in [0, 2**40): uint32 words (the pattern's code is 0)."""
+    return (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on a CPU (``TRITON_INTERPRET=1`` when they were defined)."""
-    return triton is not None and not isinstance(philox, triton.runtime.jit.JITFunction)
+    return triton is not None and not isinstance(sample_words, triton.runtime.jit.JITFunction)
+
+
+INTERPRETED = None if tl is None else tl.constexpr(interpreted())
+
+
+@jit
+def product(word, factor: tl.constexpr):
+    """High and low word of a product of uint32 words."""
+    if INTERPRETED:
+        high, low = tl.umulhi(word, factor), tl.mul(word, factor, sanitize_overflow=False)
+    else:
+        # One instruction for both words. From umulhi and mul the assembler made two, an eighth of a kernel's instructions;
+        # of 64-bit numbers the compiler drew tiles in another layout and sent them through shared memory (sm_90).
+        high, low = tl.inline_asm_elementwise(
+            "{ .reg .b64 both; mul.wide.u32 both, $2, $3; mov.b64 {$1, $0}, both; }",
+            "=r,=r,r,r",
+            [word, tl.full((), factor, tl.uint32)],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    return high, low
 
 
 @jit
@@ -37,12 +65,8 @@ def philox(c0, c1, c2, c3, k0, k1):
     a row or a column only, and 5 of the 20 multiplications never touch the whole tile.
     """
     for _ in tl.static_range(10):
-        # Two multiplications and not one of 64 bits, halved: with that the compiler drew tiles in another layout and
-        # sent them through shared memory (Triton 3.9, sm_90).
-        high0 = tl.umulhi(c0, 0xD2511F53)
-        low0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
-        high1 = tl.umulhi(c2, 0xCD9E8D57)
-        low1 = tl.mul(c2, 0xCD9E8D57, sanitize_overflow=False)
+        high0, low0 = product(c0, 0xD2511F53)
+        high1, low1 = product(c2, 0xCD9E8D57)
         c0 = high1 ^ k0 ^ c1
         c1 = low1
         c2 = high0 ^ (c3 ^ k1)
@@ -53,17 +77,24 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @jit
-def sample_words(sample):
-    """c2 and c3 of element masks for int64 sample ids in [0, 2**40): uint32 words (the pattern's code is 0)."""
-    return (sample & 0xFFFFFFFF).to(tl.uint32), (sample >> 32).to(tl.uint32)
+def drawn_columns(first, COLUMNS: tl.constexpr):
+    """The columns of an element mask's tile: 128 from ``first`` on, or 64 of the 128 around it.
+
+    Those 64 are the first 16 of every 32, or at an odd multiple of 64 the last 16: what half of the generator's calls
+    decide, each wholly.
+    """
+    place = tl.arange(0, COLUMNS)
+    columns = first + place
+    if COLUMNS == 64:
+        columns = first // 128 * 128 + first // 64 % 2 * 16 + place // 16 * 32 + place % 16
+    return columns
 
 
 @jit
 def keep_tile(c0, c2, c3, k0, k1, threshold, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Keep flags of an element mask, int1 (ROWS, COLUMNS): rows by their words, columns ``first`` and on.
+    """Keep flags of an element mask, int1 (ROWS, COLUMNS): rows by their words, columns by :func:`drawn_columns`.
 
-    One generator call decides 8 columns of a row, so (ROWS, 16) calls fill a tile of 128. A tile of 64 uses half of
-    every call; it is for kernels whose accumulators leave no room for 128.
+    One generator call decides 8 columns of a row: COLUMNS / 8 calls a row.
 
     Args:
         c0: uint32 (ROWS, 1), row | head << 20. c2, c3: sample words, scalars or (ROWS, 1).
@@ -73,21 +104,15 @@ def keep_tile(c0, c2, c3, k0, k1, threshold, first, ROWS: tl.constexpr, COLUMNS:
     Column c reads word (c mod 128) / 32, half c mod 2. Neighbouring columns are the two halves of one word, as a tensor
     core's accumulator lays them out: a thread can draw what it needs itself, and nothing has to be exchanged.
     """
-    c1 = ((first // 128) * 16 + tl.arange(0, 16)).to(tl.uint32)[None, :]
+    tl.static_assert(COLUMNS == 64 or COLUMNS == 128)
+    CALLS: tl.constexpr = COLUMNS // 8
+    c1 = (first // COLUMNS * CALLS + tl.arange(0, CALLS)).to(tl.uint32)[None, :]
     x0, x1, x2, x3 = philox(c0, c1, c2, c3, k0, k1)
+    words = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # (row, counter, word / 2, word mod 2)
+    # Both halves are compared where they lie: against threshold << 16, the low one shifted up.
     lane = threshold << 16
-    if COLUMNS == 128:
-        words = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # (row, counter, word / 2, word mod 2)
-        # Both halves are compared where they lie: against threshold << 16, the low one shifted up.
-        halves = tl.join((words << 16) >= lane, words >= lane)
-        keep = halves.permute(0, 2, 3, 1, 4).reshape(ROWS, COLUMNS)
-    else:
-        tl.static_assert(COLUMNS == 64)
-        upper = (first // 64) % 2 == 1
-        words = tl.join(tl.where(upper, x2, x0), tl.where(upper, x3, x1))  # (row, counter, word)
-        halves = tl.join((words << 16) >= lane, words >= lane)
-        keep = halves.permute(0, 2, 1, 3).reshape(ROWS, COLUMNS)
-    return keep
+    halves = tl.join((words << 16) >= lane, words >= lane)
+    return halves.permute(0, 2, 3, 1, 4).reshape(ROWS, COLUMNS)
 
 
 @jit
