@@ -181,8 +181,8 @@ def test_make_gpu_says_what_it_did_not_do(
     gpu = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpu", gpu)  # where dataclasses look for their module
     spec.loader.exec_module(gpu)
-    monkeypatch.setattr(gpu, "SECONDS", sections)
-    assert gpu.Run(tmp_path, dry=True).everything() == code
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    assert gpu.Run(tmp_path, dry=True, seconds=60.0).everything() == code
     assert said in (tmp_path / "gpu_dry_run.md").read_text()
 
 

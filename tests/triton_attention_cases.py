@@ -261,11 +261,11 @@ def test_lists_are_the_cores_bits() -> None:
 
 
 def test_who_visits_kept_keys_alone() -> None:
-    # By itself from 128 dropped keys on, a window counts what it shows; and what was asked for never falls back.
+    # By itself from 48 dropped keys on, a window counts what it shows; and what was asked for never falls back.
     worth = triton_gather.worth_gathering
-    assert [worth(keys, 0.1) for keys in (1279, 1281)] == [worth(keys, None) for keys in (1279, 1281)] == [False, True]
-    assert [worth(8192, 0.3, True, width) for width in (426, 427)] == [False, True]
-    assert [worth(8192, 0.3, False, width) for width in (213, 214)] == [False, True]
+    assert [worth(keys, 0.1) for keys in (479, 481)] == [worth(keys, None) for keys in (479, 481)] == [False, True]
+    assert [worth(8192, 0.3, True, width) for width in (159, 161)] == [False, True]
+    assert [worth(8192, 0.3, False, width) for width in (80, 81)] == [False, True]
     q, k, v = GOOD.values()
     keep = torch.ones(1, 1, 6).bool()
     sides = Documents.across(DOCUMENTS, DOCUMENTS)

@@ -67,6 +67,8 @@ class Sizes:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     goals: bool = True
+    budget: float = 0.6
+    """Seconds of a case to spend on samples beyond the least number."""
 
 
 _CPU_PEERS = (PLAIN, BOOLEAN, DROPOUT, DENSE)
@@ -167,7 +169,7 @@ def _case(sizes: Sizes, series: Series, work: Work, rate: float, threads: int) -
         "dtype": str(sizes.dtype).removeprefix("torch."),
         "impl": series.ours,
     }
-    return Case("attention", about, "ms", 1e3, threads, entrants, pairs)
+    return Case("attention", about, "ms", 1e3, threads, entrants, pairs, sizes.budget)
 
 
 def _fits(name: str, work: Work) -> bool:

@@ -92,8 +92,11 @@ class Work:
     def elements(self, rate: float, step: int, example: int) -> Tensor:
         """One example's element mask, bool (1, H, L, L): one a query head."""
         key = MaskKey(seed=SEED, step=step, site="attention")
+        if self.device != "cpu":
+            sample = torch.tensor([example], device=self.device)
+            return ops.element_keep(key.derive(), sample, self.length, self.length, threshold(rate), self.layout.heads)
         drawn = masks.element_bool(key, [example], self.length, self.length, rate, heads=self.layout.heads)
-        return torch.from_numpy(drawn).to(self.device)
+        return torch.from_numpy(drawn)
 
     def every_head(self, grouped: Tensor) -> Tensor:
         """Key/value heads repeated to query heads."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from .. import ops
 from ..attachment import attach
 from ..config import Consistency, HiddenKeyConfig
 from ..errors import ConfigError
@@ -104,6 +105,9 @@ FULL = Variant("HiddenKey", preset="hiddenkey")
 BOTH = Variant("HiddenKey, both branches", preset="hiddenkey", both=True)
 DOUBLED = Variant("R-Drop, doubled batch", stock=True, doubled=True)
 RDROP = Variant("r-drop preset", preset="r-drop", stock=True)
+MINUS_KERNELS = Variant("HiddenKey-, Triton", preset="hiddenkey-minus", impl="triton")
+FULL_KERNELS = Variant("HiddenKey, Triton", preset="hiddenkey", impl="triton")
+"""In Triton's interpreter, where there is no device on which ``auto`` would take them."""
 MINUS_MASKS = Variant("HiddenKey-, SDPA with masks", preset="hiddenkey-minus", impl="sdpa")
 """On CUDA, where ``auto`` takes the kernels: what they save."""
 NONE_AGAIN = Variant("no dropout, checkpointing", checkpointing=True)
@@ -121,6 +125,8 @@ def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
     found = [NONE, ADAPTER, MINUS, FULL, DOUBLED, RDROP]
     if device != "cpu":
         found.append(MINUS_MASKS)
+    elif ops.triton_attention.unable(torch.empty(0)) is None:
+        found += [MINUS_KERNELS, FULL_KERNELS]
     if not shape.decoder:
         found.insert(2, STOCK)
     if not shape.decoder or device != "cpu":

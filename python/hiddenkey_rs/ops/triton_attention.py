@@ -288,11 +288,7 @@ def _backward(
     # A list is one query head's or one key/value head's. The former's gradients of keys are added up afterwards.
     apart = lists is not None and mask_heads != key.shape[1]
     heads, dtype = (mask_heads, torch.float32) if apart else (None, None)
-    grad_key, grad_value = (
-        # Keys that are in no list are not visited: their gradients stay the zeros that they are made as.
-        _heads_inside(rows, rows.shape[-1], heads, dtype, full and lists is None)
-        for rows in (key, value)
-    )
+    grad_key, grad_value = (_heads_inside(rows, rows.shape[-1], heads, dtype, full) for rows in (key, value))
     deltas = torch.empty_like(log_kept)
     flags = {"DROPATTENTION": dropattention, "CAUSAL": causal, "WINDOW": window > 0, "OWN": not cross}
     sums = (log_kept, log_allowed, lost, deltas)
@@ -302,8 +298,8 @@ def _backward(
     if launch.programs:
         with launch.device:
             backward.query_gradient_kernel[(launch.programs,)](
-                query, key, value, out, gradient, grad_query, grad_value, *sums, *launch.tensors,
-                *strides(query, key, value, out, gradient, grad_query, grad_value), *launch.numbers, *settings,
+                query, key, value, out, gradient, grad_query, *sums, *launch.tensors,
+                *strides(query, key, value, out, gradient, grad_query), *launch.numbers, *settings,
                 **launch.constants, **flags,
             )  # fmt: skip
     launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, causal, shifted, lists)

@@ -25,6 +25,7 @@ from .triton_attention_forward import (
     drawn_tile,
     head_flags,
     key_range,
+    load_block,
     load_document,
     load_key,
     load_rows,
@@ -33,6 +34,7 @@ from .triton_attention_forward import (
     tile_columns,
     whole_end,
 )
+from .triton_gather_kernel import kept_columns
 from .triton_philox import jit, tl
 
 
@@ -129,11 +131,10 @@ def gradient_tiles(
 
 @jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
-    query, key, value, out, grad_out, grad_query, grad_value,
+    query, key, value, out, grad_out, grad_query,
     log_kept, log_allowed, lost_rows, deltas, documents, keys, flags,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,
     out_row, out_head, out_token, grad_out_row, grad_out_head, grad_out_token, grad_row, grad_head, grad_token,
-    grad_value_row, grad_value_head, grad_value_token,
     heads, queries, group, mask_group, mask_heads, flag_columns, documents_each, blocks,
     scaling, scale, window, threshold,
     HEAD: tl.constexpr, HEAD_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -196,22 +197,6 @@ def query_gradient_kernel(
             own = load_rows(key, key_token, tl.where(lost, rows - key_first, -1), key_count, HEAD, BLOCK_D)
             gradient += delta[:, None] * own.to(tl.float32)
     store_rows(grad_query, grad_token, index, query_count, gradient * scaling, HEAD, BLOCK_D)
-    if PATTERN == 3 and OWN:
-        lost = tl.load(lost_rows + place, mask=real, other=0) != 0
-        # A rescued row gave its own value, whose key is in no list: its gradient is written here. The mask's first head
-        # adds up what all heads under that mask ask for, since they lost the same rows.
-        mine = lost & (head % mask_group == 0)
-        turns = tl.where(tl.max(mine.to(tl.int32), 0) > 0, mask_group, 0)
-        handed = tl.zeros((ROWS, BLOCK_V), tl.float32)
-        asked = grad_out
-        for _ in range(turns):
-            rescued = load_rows(asked, grad_out_token, tl.where(mine, index, -1), query_count, HEAD_V, BLOCK_V)
-            handed += rescued.to(tl.float32)
-            asked += grad_out_head
-        grad_value += row * grad_value_row + mask_head.to(tl.int64) * grad_value_head + key_start * grad_value_token
-        store_rows(
-            grad_value, grad_value_token, tl.where(mine, rows - key_first, -1), key_count, handed, HEAD_V, BLOCK_V
-        )
 
 
 @jit
@@ -229,12 +214,13 @@ def visit_queries(
     for turn in range(many * members):
         head = owner * members + turn // many
         mask_head = head // mask_group
-        index = (from_block + turn % many) * ROWS + tl.arange(0, ROWS)
+        start = (from_block + turn % many) * ROWS
+        index = start + tl.arange(0, ROWS)
         rows = query_first + index
         real = index < query_count
         far = head.to(tl.int64)
-        q = load_rows(query + far * query_head, query_token, index, query_count, HEAD, BLOCK_D)
-        do = load_rows(grad_out + far * grad_out_head, grad_out_token, index, query_count, HEAD_V, BLOCK_V)
+        q = load_block(query + far * query_head, query_token, start, query_count, ROWS, HEAD, BLOCK_D)
+        do = load_block(grad_out + far * grad_out_head, grad_out_token, start, query_count, ROWS, HEAD_V, BLOCK_V)
         place = (row * heads + head) * queries + query_start + index
         delta = tl.load(deltas + place, mask=real, other=0.0)
         kept_log, allowed_log, share = load_sums(log_kept, log_allowed, place, real, DROPATTENTION)
@@ -318,14 +304,15 @@ def key_gradient_kernel(
     first, end = key_first // SPAN * SPAN + block * COLUMNS, high
     # The lowest position of the tile, and one more than its highest.
     tile_low, tile_high = first, first + COLUMNS
+    if PATTERN == 3:
+        tile_low = low
     if PATTERN == 1 and COLUMNS == 64:
         tile_low = first // 128 * 128 + first // 64 % 2 * 16
         tile_high = tile_low + 112
     if PATTERN == 3:
         flags = head_flags(flags, number, mask_heads, owner, flag_columns, PATTERN)
         first, end = block * COLUMNS, tl.load(flags + high)
-        tile_low = first
-    if tile_low >= end:
+    if tile_low >= high or (PATTERN == 3 and first >= key_count):
         return
     k0, k1 = load_key(keys, number, documents_each, PATTERN)
     columns = tile_columns(first, end, flags, flag_columns, PATTERN, COLUMNS)
@@ -343,6 +330,7 @@ def key_gradient_kernel(
     if PATTERN == 3:
         tile_low = tl.load(flags + flag_columns + first)
         tile_high = tl.load(flags + flag_columns + tl.minimum(first + COLUMNS, end) - 1) + 1
+        to_index = tl.where(first < end, to_index, 0)  # behind the kept keys there is nothing to visit
     if CAUSAL:
         from_index = tl.maximum(from_index, tile_low - query_first)
     if WINDOW:
@@ -377,7 +365,13 @@ def key_gradient_kernel(
             low, high, window, scale, mask_group, mask_heads, number, sample, k0, k1, threshold, flags, flag_columns,
             HEAD, HEAD_V, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PATTERN, DROPATTENTION, CAUSAL, WINDOW, OWN, PRECISION, True,
         )  # fmt: skip
-    if (PATTERN == 1 or PATTERN == 2) and OWN:
+    if PATTERN == 3:
+        # Dropped keys stand behind the kept ones: their gradients are zeros, which are written here.
+        places = first + tl.arange(0, COLUMNS)
+        kept = (places < end)[:, None]
+        key_sum, value_sum = tl.where(kept, key_sum, 0.0), tl.where(kept, value_sum, 0.0)
+        columns = kept_columns(flags, flag_columns, first, key_count, COLUMNS)
+    if PATTERN != 0 and OWN:
         key_sum, value_sum = add_rescued(
             key_sum, value_sum, columns, owner, members, query, query_head, query_token, grad_out, grad_out_head,
             grad_out_token, lost_rows, deltas, row, heads, queries, query_start, query_count, query_first,

@@ -1,8 +1,8 @@
 """Triton kernel that lists the keys which each head keeps, and how the attention kernels read its lists.
 
 A list is two rows of int32, one number longer than the mask: for every position of a document's keys how many kept keys
-stand before it, and the positions of the kept keys in ascending order. A range of positions thus becomes a range of the
-list by two loads. What lies outside a document's keys is never written, nor read.
+stand before it, and those positions themselves, of the kept keys in ascending order and then of the dropped ones. A range of
+positions thus becomes a range of the list by two loads. What lies outside a document's keys is never written, nor read.
 """
 
 # mypy: ignore-errors
@@ -24,7 +24,9 @@ def fill(flags, ranks, low, high, list_columns, EVERY: tl.constexpr, BLOCK: tl.c
             kept = (tl.load(flags + columns, mask=columns < high, other=0) != 0).to(tl.int32)
         before = total + tl.cumsum(kept, 0) - kept
         tl.store(ranks + columns, before, mask=columns < high)
-        tl.store(ranks + list_columns + before, columns, mask=kept != 0)
+        # Dropped keys fill the list from its end.
+        place = tl.where(kept != 0, before, high - 1 - (columns - before))
+        tl.store(ranks + list_columns + place, columns, mask=columns < high)
         total += tl.sum(kept, 0)
     tl.store(ranks + high, total)
     return total

@@ -140,7 +140,11 @@ def tiles(
     if dtype == torch.float32:
         if shared < HOPPER:
             return 32, 64, 4, 1
-        return (64, 64, 4, 1) if head <= 64 else (32, 64, 8, 1)
+        if head > 64:
+            return 32, 64, 8, 1
+        if drawn or kind == "query":
+            return 64, 64, 4, 1
+        return (128, 64, 8, 1) if kind == "forward" else (64, 32, 4, 1)
     if shared < HOPPER:
         if head > 128:
             return 16, 64, 4, 1
@@ -148,14 +152,16 @@ def tiles(
             return 128, 64, 8, 2
         return (64 if kind == "query" or head <= 64 else 32), 64, 4, 2
     if head > 128:
-        return 128, 64, 8, 1
+        return 128, 64, 8, 2 if kind == "forward" else 1
+    if drawn and head <= 64:
+        return {"forward": (64, 128, 4, 2), "query": (64, 64, 4, 2), "key": (128, 64, 4, 2)}[kind]
     if drawn:
-        return (64, 64, 4, 1) if kind == "key" else (128, 128, 8, 2)
-    if head <= 64 and kind == "forward":
-        return 128, 64, 4, 3
-    if head <= 64 and kind == "query" and not causal:
-        return 64, 128, 4, 2
-    return 64, 64, 4, 2
+        return 64, 64, 4, 3 if kind == "forward" else 2
+    if kind == "forward" and head > 64:
+        return (128, 32, 4, 3) if causal else (128, 128, 8, 2)
+    if kind == "forward":
+        return 128, 64, 4, 4
+    return (64, 128, 4, 2) if kind == "query" and head <= 64 and not causal else (64, 64, 4, 2)
 
 
 @cache
