@@ -149,7 +149,15 @@ def _steps(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
         encoder, decoder = (replace(shape, dtype="bfloat16") for shape in step.WHOLE.shapes)
         shapes = [decoder, encoder]
         if torch.cuda.get_device_properties(0).total_memory > 70e9:
-            llama = {"layers": 32, "hidden": 4096, "heads": 32, "vocab": 32000, "length": 1024, "batch": 3, "ffn": 11008}
+            llama = {
+                "layers": 32,
+                "hidden": 4096,
+                "heads": 32,
+                "vocab": 32000,
+                "length": 1024,
+                "batch": 2,
+                "ffn": 11008,
+            }
             large = {"layers": 24, "hidden": 1024, "heads": 16, "vocab": 50265, "length": 512, "batch": 48, "ffn": 4096}
             shapes += [replace(decoder, **llama), replace(encoder, **large)]
         sizes = replace(step.WHOLE, shapes=tuple(shapes), device=device, budget=1.0)

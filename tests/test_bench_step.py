@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiddenkey_rs.benchmarks import step, step_memory, step_models, step_profile
+from hiddenkey_rs.benchmarks import step, step_checks, step_memory, step_models, step_profile
 from hiddenkey_rs.benchmarks.step_models import MINUS, NONE, Runner, Shape
 from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.ops import sdpa
@@ -193,3 +193,16 @@ def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert {row["unit"] for row in rows} == {"MiB"}
     assert all(row["checked"] and "peak memory" in row["case"] for row in rows)
+
+
+def test_deep_models_are_compared_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = replace(ENCODER, layers=13)
+    base = step_models.base_model(deep, "cpu")
+    runners = {variant: Runner(deep, variant, base, "cpu") for variant in (NONE, MINUS)}
+    cut = []
+    monkeypatch.setattr(step_checks, "Runner", lambda shape, *rest: cut.append(shape.layers) or Runner(shape, *rest))
+    assert step_checks.passing(runners, base, "cpu") == {NONE, MINUS}
+    assert set(cut) == {4}
+    real = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", lambda *args, **named: real(*args, **named) * 1.1)
+    assert step_checks.passing(runners, base, "cpu") == {NONE}

@@ -27,6 +27,9 @@ _CHANGES_LOSS = ("num_items_in_batch", "logits_to_keep")
 
 LEAST_ROWS = 64
 """Tokens of a piece, at least: fewer would not keep a head busy."""
+LEAST_LOGITS = 1 << 24
+"""Logits of a piece, at least, on an accelerator: 64 MiB in float32. A piece is some fifty operators, which the host must keep
+up with: pieces as small as a CPU's took an H100 longer than the model did."""
 
 
 @dataclass(eq=False)
@@ -177,8 +180,7 @@ class _Pieces:
         first = states[0]
         assert first is not None
         parameters = self.head.parameters
-        # A piece's logits are as large as all of the hidden states, which the step holds many times over anyway.
-        rows = max(LEAST_ROWS, first.numel() // max(self.vocabulary(first), 1))
+        rows = rows_of_a_piece(first, self.vocabulary(first))
         totals = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
         kind = torch.float32 if self.boost is not None else None
         gradients: list[Tensor | None] = [
@@ -218,8 +220,22 @@ class _Pieces:
 
     def vocabulary(self, hidden: Tensor) -> int:
         """How many logits the head makes."""
+        if type(self.head.module) is nn.Linear:
+            return self.head.module.out_features
         with torch.no_grad():
             return self.head.logits(hidden[:1]).shape[-1] if len(hidden) else 1
+
+
+def rows_of_a_piece(hidden: Tensor, vocabulary: int) -> int:
+    """How many tokens' logits exist at a time, of (N, D) hidden states.
+
+    Example:
+        >>> rows_of_a_piece(torch.empty(4096, 512), 8192), rows_of_a_piece(torch.empty(4096, 512, device="meta"), 8192)
+        (256, 2048)
+    """
+    # A piece's logits are as large as all of the hidden states, which the step holds many times over anyway.
+    most = hidden.numel() if hidden.device.type == "cpu" else max(hidden.numel(), LEAST_LOGITS)
+    return max(LEAST_ROWS, most // max(vocabulary, 1))
 
 
 class _TokenLosses(torch.autograd.Function):

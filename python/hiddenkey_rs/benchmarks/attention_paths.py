@@ -27,6 +27,8 @@ from ..plan import plan_step
 SEED = 11
 GATHERED, BOOLEAN, KERNEL, KEPT = "gathered", "boolean row", "triton", "triton, gathered"
 PLAIN, FLASH, DROPOUT, DENSE = "SDPA", "SDPA, flash", "SDPA, dropout_p", "SDPA, dense mask"
+_LAYERS = 12
+"""Of the model whose attention this is one of."""
 _REFERENCE_PAIRS = 1 << 22
 """Query-key pairs that the reference computes at a time: it holds a dozen tables of them."""
 
@@ -80,14 +82,21 @@ class Work:
         )
         self.scaling = layout.features**-0.5
         self._ids = np.arange(batch)
+        self._planned: tuple[tuple[float, int], dict[tuple[int, str], Tensor]] | None = None
 
     def keep(self, rate: float, step: int) -> Tensor:
-        """A column or span mask as an attached model draws it: planned, bool (B, Hkv, L) on the device."""
-        drop = AttentionDrop(pattern=self.layout.pattern, rate=rate)
-        config = HiddenKeyConfig(attention=drop, hidden=None, consistency=None, layers="all", seed=SEED)
-        lengths = np.full(self.batch, self.length)
-        plan = plan_step(config, step, self._ids, lengths, layers=1, heads=self.layout.groups)
-        return plan.mask(0, "attention").to_torch(self.device)[:, :, 0]
+        """A column or span mask as an attached model draws it, bool (B, Hkv, L) on the device.
+
+        All layers' masks of a step are planned in one go, and travel in one: so every twelfth call does that.
+        """
+        number, layer = divmod(step, _LAYERS)
+        if self._planned is None or self._planned[0] != (rate, number):
+            drop = AttentionDrop(pattern=self.layout.pattern, rate=rate)
+            config = HiddenKeyConfig(attention=drop, hidden=None, consistency=None, layers="all", seed=SEED)
+            lengths = np.full(self.batch, self.length)
+            plan = plan_step(config, number, self._ids, lengths, layers=_LAYERS, heads=self.layout.groups)
+            self._planned = (rate, number), plan.all_to_torch(self.device)
+        return self._planned[1][layer, "attention"][:, :, 0]
 
     def elements(self, rate: float, step: int, example: int) -> Tensor:
         """One example's element mask, bool (1, H, L, L): one a query head."""

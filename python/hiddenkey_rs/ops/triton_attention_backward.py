@@ -129,7 +129,7 @@ def gradient_tiles(
     return gradient
 
 
-@jit(do_not_specialize=VARYING)
+@jit(**VARYING)
 def query_gradient_kernel(
     query, key, value, out, grad_out, grad_query,
     log_kept, log_allowed, lost_rows, deltas, documents, keys, flags,
@@ -272,7 +272,7 @@ def add_rescued(
     return key_sum, value_sum
 
 
-@jit(do_not_specialize=VARYING)
+@jit(**VARYING)
 def key_gradient_kernel(
     query, key, value, grad_out, grad_key, grad_value, log_kept, log_allowed, lost_rows, deltas, documents, keys, flags,
     query_row, query_head, query_token, key_row, key_head, key_token, value_row, value_head, value_token,

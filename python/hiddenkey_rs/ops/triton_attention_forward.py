@@ -8,18 +8,13 @@ from __future__ import annotations
 from .triton_gather_kernel import kept_columns, kept_range, list_of
 from .triton_philox import drawn_columns, jit, keep_tile, ones, sample_words, tl
 
-VARYING = [
-    "heads",
-    "queries",
-    "group",
-    "mask_group",
-    "mask_heads",
-    "flag_columns",
-    "documents_each",
-    "blocks",
-    "threshold",
-]
-"""Arguments that change with batch and model: Triton would compile a variant for multiples of 16, and one for 1, of each."""
+VARYING = {
+    # What changes with the batch: Triton would compile a variant for multiples of 16, and one for 1, of each.
+    "do_not_specialize": ["queries", "flag_columns", "documents_each", "blocks", "threshold"],
+    # What changes with the model: a variant for 1 is worth it, as it saves divisions.
+    "do_not_specialize_on_alignment": ["heads", "group", "mask_group", "mask_heads"],
+}
+"""How kernels of attention are made variants of."""
 
 
 @jit
@@ -277,7 +272,7 @@ def visit_tiles(
     return maximum, total, output, dropped_maximum, dropped_total, kept_pairs
 
 
-@jit(do_not_specialize=VARYING)
+@jit(**VARYING)
 def forward_kernel(
     query, key, value, out, log_kept, log_allowed, lost_rows, counts, documents, keys, flags,
     query_row, query_head, query_token, key_row, key_head, key_token,

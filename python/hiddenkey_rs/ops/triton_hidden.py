@@ -7,6 +7,7 @@ the residual joins it. No mask is stored.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,9 +63,15 @@ def drop_elements(
             raise ConfigError(f"{name} must be int64 (got {tensor.dtype}); convert them")
     if not 0 <= threshold <= 65535:
         raise ConfigError(f"threshold must lie in 0..65535 (got {threshold}); use a rate below 1")
-    drop = _DropElements.apply if unwatched(hidden) else drop_forward
-    outputs: tuple[Tensor, Tensor] = drop(hidden, residual, keys, samples, positions, threshold, scale, count)
-    return outputs
+    if not unwatched(hidden):
+        outputs: tuple[Tensor, Tensor] = drop_forward(
+            hidden, residual, keys, samples, positions, threshold, scale, count
+        )
+        return outputs
+    counts = _zero(hidden.device) if not count else torch.zeros((), dtype=torch.int64, device=hidden.device)
+    places = (keys.contiguous(), samples.contiguous(), positions.contiguous())
+    out = _DropElements.apply(hidden, residual, places, threshold, scale, counts if count else None)
+    return out, counts
 
 
 def drop_rows(hidden: Tensor, keep: Tensor, scale: float, *, residual: Tensor | None = None) -> Tensor:
@@ -190,13 +197,10 @@ def _keep_coordinates(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.residual = residual is not None
     ctx.save_for_backward(keys, samples, positions)
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _drop_gradient(ctx: Any, gradient: Tensor | None, _: Any, drop: Any = drop_forward) -> tuple[Any, ...]:
-    if gradient is None:
-        return (None,) * 8
-    dropped, _ = drop(gradient, None, *ctx.saved_tensors, ctx.threshold, ctx.scale, False)
+def _drop_gradient(ctx: Any, gradient: Tensor, _: Any) -> tuple[Any, ...]:
+    dropped, _ = drop_forward(gradient, None, *ctx.saved_tensors, ctx.threshold, ctx.scale, False)
     return dropped, gradient if ctx.residual else None, None, None, None, None, None, None
 
 
@@ -219,15 +223,23 @@ class _DropElements(torch.autograd.Function):
     """What the operator does, where nobody watches it."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _elements(*inputs)
-        _keep_coordinates(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, hidden: Tensor, residual: Tensor | None, places: Any, *how: Any) -> Tensor:
+        threshold, scale, counts = how
+        ctx.how, ctx.residual = (scale, threshold), residual is not None
+        ctx.save_for_backward(*places)
+        return _launch(hidden, residual, places, None, scale, threshold, counts)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor | None, _: Any) -> Any:
-        return _drop_gradient(ctx, gradient, _, _elements)
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        dropped = _launch(gradient, None, ctx.saved_tensors, None, *ctx.how)
+        return dropped, gradient if ctx.residual else None, None, None, None, None
+
+
+@cache
+def _zero(device: torch.device) -> Tensor:
+    """What nobody counted; one for all, since making one launches a kernel."""
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _DropRows(torch.autograd.Function):

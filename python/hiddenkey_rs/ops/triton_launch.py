@@ -25,14 +25,16 @@ def widest_head(states: Tensor) -> int:
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Whether this is a CUDA device, and Triton is there to use it."""
-    return device.type == "cuda" and _installed()
+    """Whether this is a device that the kernels are made for, and Triton is there: NVIDIA's from Ampere on."""
+    return device.type == "cuda" and _installed() and torch.version.hip is None and _capability(device) >= 8
 
 
 def unable(states: Tensor) -> str | None:
     """Why Triton cannot work on this tensor at all: not installed, another device, another dtype."""
     if not _installed():
         return "Triton is not installed"
+    if states.device.type == "cuda" and torch.version.hip is not None:
+        return "its kernels hold instructions of NVIDIA's devices"
     if states.dtype not in DTYPES:
         return f"it computes in float16, bfloat16 and float32, not {states.dtype}"
     if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
@@ -162,6 +164,11 @@ def tiles(
     if kind == "forward":
         return 128, 64, 4, 4
     return (64, 128, 4, 2) if kind == "query" and head <= 64 and not causal else (64, 64, 4, 2)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return int(torch.cuda.get_device_capability(device)[0])
 
 
 @cache
