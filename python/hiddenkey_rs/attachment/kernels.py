@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError
-from .passes import Pass, StackPass, planned_columns
+from .passes import Pass, StackPass, check_extent, planned_columns
 
 if TYPE_CHECKING:
     from .sites import Site, SiteDrop
@@ -52,8 +52,10 @@ def attend(
 
     Raises:
         ConfigError: what Triton cannot compute, or a mask that is not made of the batch's documents.
+        DataError: keys that are not the batch's tokens, such as a cache's.
     """
     query, key, value = tensors
+    check_extent(stack_pass, site, query.shape[2], key.shape[2])
     biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
     reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
     causal, width = seen_by(site, module, window)

@@ -180,15 +180,20 @@ def attention_keep(
 
     ``heads`` is the number that the mask is drawn for: key/value heads or query heads, as the site says.
     """
-    columns, rows = stack_pass.column_tokens(site), stack_pass.tokens
-    if columns.document.shape[1] != keys or (drop.pattern == "element" and rows.document.shape[1] != queries):
-        raise DataError(
-            f"attention runs over other tokens than the batch holds (got {queries} queries and {keys} keys for "
-            f"{rows.document.shape[1]} and {columns.document.shape[1]} tokens); train with use_cache=False"
-        )
+    check_extent(stack_pass, site, queries if drop.pattern == "element" else None, keys)
     if drop.pattern != "element":
         return stack_pass.laid(site, drop, depth, heads)[:, :, None]
     return stack_pass.pairs(site, drop, depth, heads)
+
+
+def check_extent(stack_pass: Pass, site: Site, queries: int | None, keys: int) -> None:
+    """A :class:`DataError` if attention runs over other keys than the batch's tokens, or (not ``None``) other queries."""
+    columns, rows = stack_pass.column_tokens(site).document.shape[1], stack_pass.tokens.document.shape[1]
+    if columns != keys or queries not in (None, rows):
+        raise DataError(
+            f"attention runs over other tokens than the batch holds (got {queries or rows} queries and {keys} keys for "
+            f"{rows} and {columns} tokens); train with use_cache=False"
+        )
 
 
 def check_apart(stack_pass: Pass, site: Site, allowed: Tensor | None) -> None:

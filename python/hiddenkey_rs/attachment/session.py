@@ -301,6 +301,9 @@ class Session:
             return self.impl == "triton"
         # Whoever records masks, or asks for weights, needs what kernels never make.
         fits = not self.guided and self.recorder is None and not (tokens.crowded and lets_documents_mix(stack, mask))
+        # Kernels give padding zeros, and the stock model a mixture of real tokens: which an encoder's head reads where
+        # padding stands in front.
+        fits = fits and (stack.role == "decoder" or tokens.aligned or tokens.packed)
         return fits and ops.triton_launch.on_cuda(tokens.document.device)
 
     def _check_kernels(self, stack: Stack, tokens: Tokens, mask: Tensor | None) -> None:
