@@ -40,13 +40,14 @@ def test_without_dropout_it_is_trl(layout: str, shuffled: bool, tmp_path: Path) 
         gradients.append(cases.last_gradient(run))
         run.train()
         runs.append(run)
+    # Both sum the same float32 numbers in another order. How much Adam makes of that in rows cut anywhere differs by processor.
+    rel, rtol, atol = (3e-5, 1e-3, 1e-3) if "wrapped" in layout else (2e-6, 1e-4, 1e-5)
     for name in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
-        # Both sum the same float32 numbers in another order; how much Adam makes of that differs by processor.
-        assert cases.logged(runs[1], name) == pytest.approx(cases.logged(runs[0], name), rel=3e-5, abs=1e-7), name
+        assert cases.logged(runs[1], name) == pytest.approx(cases.logged(runs[0], name), rel=rel, abs=1e-7), name
     assert gradients[0].keys() == gradients[1].keys()
     largest = max(float(g.abs().max()) for g in gradients[0].values())
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-3 * largest, msg=name)
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=rtol, atol=atol * largest, msg=name)
 
 
 def test_trls_metrics_are_not_all_zero(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_equals_the_reference(family: str, pattern: str, side: str) -> None:
 
 
 AUTO = [
-    # (family, side of the padding, calls of the kernels in a step: in the pass with gradients and in the second one)
+    # (family, side of the padding, whether the kernels are called)
     ("bert", "right", True),
     ("bert", "left", False),
     ("llama", "none", True),

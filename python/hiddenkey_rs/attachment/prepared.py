@@ -181,15 +181,9 @@ def _lay_all(plan: StepPlan, tokens: Tokens) -> Tensor | None:
     """Every mask of a plan over the batch, bool (heads of all entries, B, L), in one transfer to the device."""
     if not plan.entries:
         return None
-    device = tokens.document.device
-    drawn = torch.cat([plan.mask(entry.layer, entry.site).to_torch().flatten(0, 2) for entry in plan.entries])
-    documents = len(plan.samples)
-    parts = to_device(drawn, device).split([documents * entry.heads for entry in plan.entries])
-    # Every mask by itself: it is (documents, heads, columns).
-    laid = [
-        tokens.lay(part.view(documents, entry.heads, plan.columns)).transpose(0, 1)
-        for part, entry in zip(parts, plan.entries, strict=True)
-    ]
+    drawn = plan.all_to_torch(tokens.document.device)
+    # Every mask by itself: it is (documents, heads, 1, columns).
+    laid = [tokens.lay(drawn[entry.layer, entry.site][:, :, 0]).transpose(0, 1) for entry in plan.entries]
     return torch.cat(laid)
 
 

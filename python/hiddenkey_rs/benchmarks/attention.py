@@ -25,6 +25,7 @@ from .attention_paths import (
     GATHERED,
     KEPT,
     KERNEL,
+    LAYERS,
     PATHS,
     PLAIN,
     Layout,
@@ -33,7 +34,7 @@ from .attention_paths import (
 )
 from .harness import Case, Entrant, Goal, Pair, Row
 
-_STEPS = 5 * 12
+_STEPS = 5 * LAYERS
 """Masks of so many steps are drawn in turn: kept counts vary as they do in training."""
 _MOST_PAIRS = 1 << 31
 """A dense mask of more query-key pairs is left out: its float copy alone would take 8 GB."""

@@ -27,7 +27,7 @@ from ..plan import plan_step
 SEED = 11
 GATHERED, BOOLEAN, KERNEL, KEPT = "gathered", "boolean row", "triton", "triton, gathered"
 PLAIN, FLASH, DROPOUT, DENSE = "SDPA", "SDPA, flash", "SDPA, dropout_p", "SDPA, dense mask"
-_LAYERS = 12
+LAYERS = 12
 """Of the model whose attention this is one of."""
 _REFERENCE_PAIRS = 1 << 22
 """Query-key pairs that the reference computes at a time: it holds a dozen tables of them."""
@@ -89,12 +89,12 @@ class Work:
 
         All layers' masks of a step are planned in one go, and travel in one: so every twelfth call does that.
         """
-        number, layer = divmod(step, _LAYERS)
+        number, layer = divmod(step, LAYERS)
         if self._planned is None or self._planned[0] != (rate, number):
             drop = AttentionDrop(pattern=self.layout.pattern, rate=rate)
             config = HiddenKeyConfig(attention=drop, hidden=None, consistency=None, layers="all", seed=SEED)
             lengths = np.full(self.batch, self.length)
-            plan = plan_step(config, number, self._ids, lengths, layers=_LAYERS, heads=self.layout.groups)
+            plan = plan_step(config, number, self._ids, lengths, layers=LAYERS, heads=self.layout.groups)
             self._planned = (rate, number), plan.all_to_torch(self.device)
         return self._planned[1][layer, "attention"][:, :, 0]
 

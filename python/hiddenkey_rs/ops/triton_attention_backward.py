@@ -20,9 +20,7 @@ from __future__ import annotations
 
 from .triton_attention_forward import (
     VARYING,
-    allowed_tile,
     dot,
-    drawn_tile,
     head_flags,
     key_range,
     load_block,
@@ -32,6 +30,7 @@ from .triton_attention_forward import (
     scores_of,
     store_rows,
     tile_columns,
+    tile_pairs,
     whole_end,
 )
 from .triton_gather_kernel import kept_columns
@@ -113,14 +112,10 @@ def gradient_tiles(
         k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D, WHOLE)
         v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V, WHOLE)
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION)
-        allowed = tl.full((1, 1), 1, tl.int1)
-        if not WHOLE:
-            allowed = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW)
-        keep = allowed
-        if PATTERN == 1 or PATTERN == 2:
-            keep = drawn_tile(
-                rows, columns, first, head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
-            )
+        allowed, keep = tile_pairs(
+            rows, columns, first, low, high, window, head, sample, k0, k1, threshold, flags, flag_columns,
+            PATTERN, ROWS, COLUMNS, CAUSAL, WINDOW, WHOLE,
+        )  # fmt: skip
         keep = drawn_or_lost(keep, lost_rows, place, real, PATTERN, OWN)
         weights = signed_weights(scores, scale, allowed, keep, kept_log, allowed_log, PATTERN, DROPATTENTION, WHOLE)
         products = scores_of(do, v, ROWS, COLUMNS, PRECISION)
@@ -225,16 +220,11 @@ def visit_queries(
         delta = tl.load(deltas + place, mask=real, other=0.0)
         kept_log, allowed_log, share = load_sums(log_kept, log_allowed, place, real, DROPATTENTION)
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION)
-        allowed = tl.full((1, 1), 1, tl.int1)
-        if not WHOLE:
-            allowed = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW)
-        keep = allowed
-        if PATTERN == 1 or PATTERN == 2:
-            keep = drawn_tile(
-                rows, columns, first, mask_head, sample, k0, k1, threshold,
-                head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN), flag_columns,
-                PATTERN, ROWS, COLUMNS,
-            )  # fmt: skip
+        allowed, keep = tile_pairs(
+            rows, columns, first, low, high, window, mask_head, sample, k0, k1, threshold,
+            head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN), flag_columns,
+            PATTERN, ROWS, COLUMNS, CAUSAL, WINDOW, WHOLE,
+        )  # fmt: skip
         keep = drawn_or_lost(keep, lost_rows, place, real, PATTERN, OWN)
         weights = signed_weights(scores, scale, allowed, keep, kept_log, allowed_log, PATTERN, DROPATTENTION, WHOLE)
         final = weights

@@ -137,6 +137,24 @@ def drawn_tile(
 
 
 @jit
+def tile_pairs(
+    rows, columns, first, low, high, window, head, sample, k0, k1, threshold, flags, flag_columns,
+    PATTERN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a tile attention may use (``WHOLE``: all), and which the mask keeps; broadcastable to (ROWS, COLUMNS)."""
+    allowed = tl.full((1, 1), 1, tl.int1)
+    if not WHOLE:
+        allowed = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW)
+    keep = tl.full((1, 1), 1, tl.int1)
+    if PATTERN == 1 or PATTERN == 2:
+        keep = drawn_tile(
+            rows, columns, first, head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
+        )
+    return allowed, keep
+
+
+@jit
 def head_flags(flags, number, mask_heads, mask_head, flag_columns, PATTERN: tl.constexpr):
     """Where the flags (pattern 2) or the list (3) of a head of a document begin."""
     if PATTERN == 2:
@@ -235,15 +253,11 @@ def visit_tiles(
         k = load_rows(key, key_token, columns - key_first, key_count, HEAD, BLOCK_D, WHOLE)
         v = load_rows(value, value_token, columns - key_first, key_count, HEAD_V, BLOCK_V, WHOLE)
         scores = scores_of(q, k, ROWS, COLUMNS, PRECISION)
-        allowed = tl.full((1, 1), 1, tl.int1)
-        if not WHOLE:
-            allowed = allowed_tile(rows[:, None], columns[None, :], low, high, window, CAUSAL, WINDOW)
-        kept = allowed
-        if PATTERN == 1 or PATTERN == 2:
-            keep = drawn_tile(
-                rows, columns, first, head, sample, k0, k1, threshold, flags, flag_columns, PATTERN, ROWS, COLUMNS
-            )
-            kept = allowed & keep
+        allowed, keep = tile_pairs(
+            rows, columns, first, low, high, window, head, sample, k0, k1, threshold, flags, flag_columns,
+            PATTERN, ROWS, COLUMNS, CAUSAL, WINDOW, WHOLE,
+        )  # fmt: skip
+        kept = allowed & keep
         if DROPATTENTION:
             dropped = allowed & (keep == 0)
             dropped_highest = tl.maximum(dropped_maximum, tl.max(tl.where(dropped, scores, float("-inf")), 1) * scale)

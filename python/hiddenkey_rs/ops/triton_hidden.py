@@ -6,7 +6,6 @@ the residual joins it. No mask is stored.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
-from .triton_launch import kernels, unwatched
+from .triton_launch import device_of, kernels, unwatched
 from .triton_launch import unable as obstacle
 
 __all__ = ["drop_elements", "drop_rows", "obstacle"]
@@ -163,9 +162,8 @@ def _launch(
     keys, samples, positions = places or (out,) * 3
     flags = keys if keep is None else keep.view(torch.uint8)
     rows_each = len(flat) if places is None else len(flat) // (keys.numel() // 2)
-    device: Any = torch.cuda.device(hidden.device) if hidden.device.type == "cuda" else nullcontext()
     kernel = kernels("hidden_kernel").drop_kernel
-    with device:
+    with device_of(hidden):
         kernel[(programs,)](
             flat, added, rows, keys if counts is None else counts, keys, samples, positions, flags,
             flat.stride(0), added.stride(0), rows.stride(0), len(flat), rows_each, blocks,
