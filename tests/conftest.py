@@ -22,6 +22,11 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.quicken()
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
