@@ -452,3 +452,13 @@ def test_minilm_learns_the_demo_task(minilm: Path, tmp_path: Path) -> None:
     ]
     assert main([*flags, "--train-eval-rows", "50", "--dev-rows", "50", "--out", str(tmp_path / "run")]) == 0
     assert figures(tmp_path / "run")["train"]["loss"] < 0.75
+
+
+@pytest.mark.parametrize("written", ['{"run": []}', '{"run": {"task": "sst2"}}', "{}", "[]", "{"])
+def test_the_demo_keeps_what_is_not_a_demos(written: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    (folder / "config.json").write_text(written)
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert str(folder) in capsys.readouterr().err
+    assert (folder / "config.json").read_text() == written

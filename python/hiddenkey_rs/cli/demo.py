@@ -60,9 +60,10 @@ def _is_demo(config: Path) -> bool:
     from ..experiments.folder import read_json
 
     try:
-        return bool(read_json(config).get("run", {}).get("task") == "demo")
+        choices = read_json(config).get("run")
     except (OSError, StateError):
         return False
+    return isinstance(choices, dict) and choices.get("task") == "demo"
 
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, Any]:
