@@ -13,7 +13,7 @@ from .studies import Found, Study
 
 _PEAKS = {
     "device": "what torch had allocated on the GPU in training",
-    "training": "that of the process in training",
+    "training": "that of the process in training, which keeps what libraries cached in its earlier trials: an upper bound",
     "process": "that of the process, which runs several trials one after the other: an upper bound",
 }
 """What a line's ``peak_of`` means; the old ones without are of the process."""
