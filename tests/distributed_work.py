@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import signal
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -233,6 +235,36 @@ def command(arguments: list[str] | list[list[str]], sharded: bool = False) -> tu
     with contextlib.redirect_stderr(said):
         code = main(mine)
     return code, said.getvalue()
+
+
+def agent(port: int, host: bool, log: str, arguments: list[str]) -> None:
+    """What ``torchrun --nnodes 1:2 --nproc-per-node 1`` does on a node; its worker is forked, and imports nothing anew."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.current_process()._config["daemon"] = False  # so that it may have a worker
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    patience = {"last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 3, "is_host": host}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=2,
+        nproc_per_node=1,
+        max_restarts=3,
+        run_id="job",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs=patience,
+        local_addr="127.0.0.1",
+        start_method="fork",
+    )
+    elastic_launch(config, _worker)(arguments)
+
+
+def _worker(arguments: list[str]) -> None:
+    from hiddenkey_rs.cli.main import main
+
+    sys.exit(main(arguments))
 
 
 def written_loop(code: str) -> dict[str, Any]:

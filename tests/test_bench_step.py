@@ -110,6 +110,7 @@ def test_runners_share_frozen_weights_and_begin_alike() -> None:
     assert all("lora_A" in name or "lora_B" in name for name in trained)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_process_each() -> None:
     large = replace(DECODER, length=64, batch=64, vocab=4000)
     found = step_memory.on_cpu(large, [NONE, step_models.DOUBLED], 1)
@@ -143,6 +144,7 @@ def test_goals_of_the_issue() -> None:
     assert {(ours.name, limit) for ours, _, limit in step._MEMORY} >= {("HiddenKey-", 1.02), ("HiddenKey", 1.10)}
 
 
+@pytest.mark.slow
 def test_make_gpu_needs_cuda_and_can_be_rehearsed(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "benches" / "gpu.py"), "--out", str(tmp_path)]
     if not torch.cuda.is_available():

@@ -66,6 +66,7 @@ def torchrun(*flags: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "hiddenkey_rs"]
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_run_of_one_process(files: list[str], tmp_path: Path) -> None:
     command = [
         *torchrun("--nproc-per-node", "2", "--master-port", str(ranks.free_port())),
@@ -86,20 +87,23 @@ def test_torchrun_makes_the_run_of_one_process(files: list[str], tmp_path: Path)
     assert recorded["spread"] == {"processes": 2, "accumulation": 1, "rows": 8, "loader": "hiddenkey"}
 
 
+@pytest.mark.slow
 def test_what_all_were_given_wrongly_is_one_line(files: list[str], tmp_path: Path) -> None:
-    for flags, message in (
-        (["--rate", "1.5"], "rate must be a number in [0, 1) (got 1.5)"),
-        (["--rank", "x"], "--rank"),
-    ):
-        command = [*torchrun("--nproc-per-node", "2", "--master-port", str(ranks.free_port()))]
-        done = subprocess.run(
-            [*command, *train(files, tmp_path / "run", *flags)], capture_output=True, text=True, timeout=120
-        )
-        said = [line for line in done.stderr.splitlines() if line.startswith("hiddenkey: error:")]
-        assert len(said) == 1, done.stderr
-        assert message in said[0]
-        assert "exitcode  : 2" in done.stderr, "torchrun's own code is always 1"
+    command = [*torchrun("--nproc-per-node", "2", "--master-port", str(ranks.free_port()))]
+    command += train(files, tmp_path / "run", "--rate", "1.5")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert_said_once(done.stderr, "rate must be a number in [0, 1) (got 1.5)")
+    assert "exitcode  : 2" in done.stderr, "torchrun's own code is always 1"
+    found = ranks.run(2, work.command, train(files, tmp_path / "run", "--rank", "x"))
+    assert [code for code, _ in found] == [2, 2]
+    assert_said_once("".join(said for _, said in found), "--rank")
     assert not (tmp_path / "run").exists(), "nothing half-done"
+
+
+def assert_said_once(text: str, message: str) -> None:
+    said = [line for line in text.splitlines() if line.startswith("hiddenkey: error:")]
+    assert len(said) == 1, text
+    assert message in said[0]
 
 
 def test_what_is_wrong_on_one_rank_ends_all(files: list[str], tmp_path: Path) -> None:
@@ -118,6 +122,7 @@ def test_what_is_wrong_on_one_rank_ends_all(files: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("before", "after", "killed"), [(2, 1, 1), (1, 2, 0), (2, 3, 0)])
+@pytest.mark.slow
 def test_a_lost_process_ends_the_run_and_others_go_on(
     before: int, after: int, killed: int, files: list[str], tmp_path: Path
 ) -> None:
@@ -156,6 +161,7 @@ def test_ctrl_c(files: list[str], tmp_path: Path) -> None:
     assert "interrupted" not in other_said
 
 
+@pytest.mark.slow
 def test_fsdp_from_the_command_line(files: list[str], tmp_path: Path) -> None:
     test = ["--test-file", files[files.index("--dev-file") + 1]]
     one = train([*files, *test], tmp_path / "one", "--loader", "hiddenkey", "--batch-size", "8")
@@ -175,32 +181,22 @@ def test_fsdp_from_the_command_line(files: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_node_and_the_job_that_goes_on_without_it(files: list[str], tmp_path: Path) -> None:
-    """Two torchrun agents meet on loopback; one is killed with its worker; the other starts the job anew, alone."""
+    """Two agents of torchrun meet on loopback; one is killed with its worker; the other starts the job anew, alone."""
     port, out = ranks.free_port(), tmp_path / "run"
     flags = ["--loader", "hiddenkey", "--save-steps", "2", "--epochs", "8"]
     assert ranks.run(1, work.command, train(files, tmp_path / "whole", *flags, "--batch-size", "8"))[0][0] == 0
-    agents = []
-    for host in (1, 0):
-        patience = f"last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,is_host={host}"
-        launch = torchrun(
-            *("--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job", "--rdzv-conf", patience),
-            *("--local-addr", "127.0.0.1"),
-        )
-        log = (tmp_path / f"agent{host}.log").open("w")
-        command = [*launch, *train(files, out, *flags, "--resume", "auto")]
-        agents.append(subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True))
-    first, second = agents
+    job = train(files, out, *flags, "--resume", "auto")
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    agents = [ranks.start(1, work.agent, port, log is logs[0], str(log), job)[0] for log in logs]
+    second = agents[1][0].pid
     try:
         wait_for(out / "checkpoint-6" / "run_state.json", seconds=200)
         assert json.loads((out / "config.json").read_text())["spread"]["processes"] == 2
-        workers = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
-        for pid in (second.pid, *map(int, workers)):
+        workers = Path(f"/proc/{second}/task/{second}/children").read_text().split()
+        for pid in (second, *map(int, workers)):
             os.kill(pid, signal.SIGKILL)
-        assert first.wait(timeout=250) == 0, (tmp_path / "agent1.log").read_text()[-3000:]
     finally:
-        for agent in agents:
-            agent.kill()
-            agent.wait()
+        found = ranks.finish(agents, timeout=250)
+    assert found == [None, ranks.Failure("exit", "-9")], logs[0].read_text()[-3000:]
     assert_same_run(out, tmp_path / "whole")
-    assert "a rank was lost" in (tmp_path / "agent1.log").read_text()
+    assert "a rank was lost" in logs[0].read_text()

@@ -71,6 +71,7 @@ def test_token_budgets_and_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.slow
 def test_fsdp_by_the_trainer(family: str, tmp_path: Path) -> None:
     spec = {"out": str(tmp_path), "family": family, "rows": 21}
     layer = {"bert": "BertLayer", "llama": "LlamaDecoderLayer"}[family]
@@ -85,6 +86,7 @@ def test_fsdp_by_the_trainer(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [((2, 1), (1, 3)), ((1, 2), (2, 2))])
+@pytest.mark.slow
 def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp_path: Path) -> None:
     """SIGKILL at step 23 of 60, resumed from step 20: the loss curve of the undisturbed run, to the reduction's rounding."""
     spec = {"out": str(tmp_path / "whole"), "family": "llama", "rows": 37, "loader": Loader(batch_size=8)}
@@ -104,6 +106,7 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
     spec = {"out": str(tmp_path / "whole"), "family": "llama", "rows": 21}
     long = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}

@@ -445,6 +445,7 @@ def test_a_trial_never_divides_the_texts_of_a_source(tmp_path: Path, monkeypatch
     assert not sides[0] & sides[1]
 
 
+@pytest.mark.slow
 def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "TRIALS", 1)
     text = PLAN.replace("task: demo", "task: mrpc")
@@ -463,6 +464,7 @@ def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pyt
     assert len(seen) == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_died_idle_is_replaced(tmp_path: Path) -> None:
     text = PLAN.replace("task: demo", "task: mrpc")
     (tmp_path / "plan.yaml").write_text(text)
