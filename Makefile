@@ -89,7 +89,7 @@ evidence-llama: runs/small-llama/model.safetensors $(VENV)/.captions
 $(PLANS:%=evidence-%): evidence-%: setup
 	@$(BIN)/hiddenkey sweep experiments/small/$*.yaml --data $(DATA) --out experiments/results/$* --jobs $(JOBS) --threads 1
 
-results: | setup ## RESULTS.md and its page from the results at hand; seconds
+results: | setup ## RESULTS.md and its page from the results at hand; some two minutes
 	@$(BIN)/hiddenkey report experiments/results/* --data $(DATA) --out runs/evidence --markdown RESULTS.md
 
 # CIDEr, METEOR and the E2E challenge's ROUGE-L: a large package, which nothing else needs.
