@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import losses
 from .compared import is_for
+from .terms import both_terms
 
 if TYPE_CHECKING:
     from .handle import Handle
@@ -161,20 +160,6 @@ class _Pieces:
     differentiated: bool = True
     """Whether gradients are made at all."""
 
-    def terms(self, first: Tensor, second: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head.logits(first)
-        if self.head.observer is not None:
-            self.head.observer(logits.detach(), labels)
-        task = F.cross_entropy(logits, labels, reduction="sum")
-        if second is None or self.kind is None:
-            return task, task.new_zeros(())
-        with torch.set_grad_enabled(self.both and torch.is_grad_enabled()):
-            others = self.head.logits(second)
-        if self.both:
-            task = task + F.cross_entropy(others, labels, reduction="sum")
-        gradient = "both" if self.both else "one"
-        return task, losses.consistency(self.kind, logits, others, gradient=gradient).sum()
-
     def run(self, states: list[Tensor | None], wanted: list[bool]) -> tuple[list[Tensor], list[Tensor | None]]:
         """(loss, task, consistency), and the loss' gradients: of states, then of the head's parameters."""
         first = states[0]
@@ -183,6 +168,7 @@ class _Pieces:
         rows = rows_of_a_piece(first, self.vocabulary(first))
         totals = [first.new_zeros((), dtype=torch.float32) for _ in range(3)]
         kind = torch.float32 if self.boost is not None else None
+        boosted = self.scales if self.boost is None else (self.scales[0] * self.boost, self.scales[1] * self.boost)
         gradients: list[Tensor | None] = [
             torch.empty_like(state, dtype=kind) if state is not None and want else None
             for state, want in zip(states, wanted, strict=False)
@@ -197,18 +183,29 @@ class _Pieces:
             ]
             assert leaves[0] is not None
             with torch.set_grad_enabled(any(wanted)):
-                terms = self.terms(leaves[0], leaves[1], self.labels[piece])
-                loss = terms[0] * self.scales[0] + terms[1] * self.scales[1]
-            for total, term in zip(totals, (loss, *terms), strict=True):
-                total += term.detach()
-            if self.boost is not None:
-                with torch.set_grad_enabled(any(wanted)):
-                    loss = loss * self.boost
+                logits = [self.head.logits(leaves[0])]
+            if self.head.observer is not None:
+                self.head.observer(logits[0].detach(), self.labels[piece])
+            if leaves[1] is not None:
+                with torch.set_grad_enabled(self.both and any(wanted)):
+                    logits.append(self.head.logits(leaves[1]))
+            others = logits[1] if len(logits) > 1 else None
+            task, consistency, slopes = both_terms(
+                logits[0],
+                others,
+                self.labels[piece],
+                self.kind,
+                both=self.both,
+                scales=boosted if any(wanted) else None,
+            )
+            terms = (task * self.scales[0] + consistency * self.scales[1], task, consistency)
+            for total, term in zip(totals, terms, strict=True):
+                total += term
             targets = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
             targets += parameters if any(wanted[2:]) else []
             if not targets:
                 continue
-            found = iter(torch.autograd.grad(loss, targets, allow_unused=True))
+            found = iter(torch.autograd.grad(logits[: len(slopes)], targets, slopes, allow_unused=True))
             for gradient in gradients:
                 if gradient is not None:
                     gradient[piece] = next(found)

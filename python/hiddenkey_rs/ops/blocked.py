@@ -1,7 +1,8 @@
 """DropKey under a mask that differs by query (causal, sliding window, packed documents), a block of queries at a time (CPU).
 
 Of each block only the range of keys that some of its queries may attend to takes part, so a causal mask costs little more
-than half; and the mask over queries and keys exists for one block, never whole.
+than half; and the mask over queries and keys exists for one block, never whole. Columns under a plain causal mask need
+no blocks (:mod:`.triangle`).
 
 Tried and dropped: carrying the dropped columns in an additional feature of queries and keys, which needs no mask (torch's
 kernel skips nothing under it at these lengths, and is slower by the odd feature).
@@ -21,6 +22,7 @@ from torch import Tensor
 from .. import masks
 from ..errors import ConfigError
 from . import cpu_kernel
+from .triangle import Triangle, find
 
 MASK_BYTES = 8 << 20
 """Memory of a block's mask, where one example does not need more: the kernel finds it in the cache."""
@@ -65,6 +67,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the logarithm of each row's denominator, float32 (B, H, Q), and pairs kept and allowed, int64 (2,)."""
     blocks = _Blocks(query, key, value, allowed, keep, own)
+    triangle = blocks.triangle()
+    if triangle is not None:
+        out, total = triangle.forward(query, key, value, scaling)
+        return out, total, torch.tensor([triangle.kept, blocks.allowed_pairs])
     out, total = cpu_kernel.empty(query)
     kept = 0
     for block in blocks:
@@ -102,8 +108,12 @@ def _gradients(
     own: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = _Blocks(query, key, value, allowed, keep, own)
+    triangle = blocks.triangle()
+    if triangle is not None:
+        return triangle.backward(gradient, query, key, value, out, total, scaling)
     to_query, to_key, to_value = (cpu_kernel.like(rows) for rows in (query, key, value))
-    for block in _Blocks(query, key, value, allowed, keep, own):
+    for block in blocks:
         if block.first:
             for whole in (to_key, to_value):
                 block.examples(whole).zero_()
@@ -192,9 +202,11 @@ class _Blocks:
         shared = len(self.allowed) == len(self.keep) == 1  # one mask for all examples
         each = self.keep.shape[1] * self.step * key.shape[2] * query.element_size()
         self.many = self.batch if shared else max(1, MASK_BYTES // max(each, 1))
-        self.room = torch.empty(
-            (1 if shared else min(self.many, self.batch)) * each // query.element_size(), dtype=query.dtype
-        )
+        self.together = 1 if shared else min(self.many, self.batch)
+
+    def triangle(self) -> Triangle | None:
+        """What computes all of it at once, if the mask is plainly causal."""
+        return find(self.seen, self.keep, self.own, self.batch, self.heads)
 
     @property
     def allowed_pairs(self) -> int:
@@ -202,6 +214,7 @@ class _Blocks:
         return int(self.seen[..., 2].sum(dtype=np.int64)) * (self.batch // len(self.allowed)) * self.heads
 
     def __iter__(self) -> Iterator[_Block]:
+        self.room = torch.empty(self.together * self.keep.shape[1] * self.step * self.keep.shape[3], dtype=self.dtype)
         for start in range(0, self.batch, self.many):
             examples = slice(start, min(start + self.many, self.batch))
             first = True
