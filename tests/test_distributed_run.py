@@ -137,7 +137,12 @@ def test_a_lost_process_ends_the_run_and_others_go_on(
     found = ranks.finish(started, timeout=60)
     assert time.monotonic() - clock < 60
     assert found[killed] == ranks.Failure("exit", "-9"), "the run ended before it could be killed"
-    for code, said in found[:killed] + found[killed + 1 :]:
+    for ended in found[:killed] + found[killed + 1 :]:
+        # The store goes with rank 0. If the heartbeat sees that before a collective fails, it ends the process, and what it
+        # said with it.
+        if killed == 0 and ended == ranks.Failure("exit", "1"):
+            continue
+        code, said = ended
         assert code == 1
         assert "hiddenkey: error: a rank was lost (got " in said
         assert "start the job again" in said
