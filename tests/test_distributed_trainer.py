@@ -90,7 +90,14 @@ def test_fsdp_by_the_trainer(family: str, tmp_path: Path) -> None:
 def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp_path: Path) -> None:
     """SIGKILL at step 23 of 60, resumed from step 20: the loss curve of the undisturbed run, to the reduction's rounding."""
     spec = {"out": str(tmp_path / "whole"), "family": "llama", "rows": 37, "loader": Loader(batch_size=8)}
-    long = {"max_steps": 60, "save_strategy": "steps", "save_steps": 10, "save_total_limit": 2, "optim": "adamw_torch", "adam_epsilon": 1e-5}
+    long = {
+        "max_steps": 60,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "save_total_limit": 2,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-5,
+    }
     expected = ranks.run(1, work.train, spread(spec, 1, 1, **long))[0]
     cut = {**spec, "out": str(tmp_path / "cut")}
     killed = ranks.finish(
@@ -109,7 +116,7 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
     spec = {"out": str(tmp_path / "whole"), "family": "llama", "rows": 21}
-    long = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "adam_epsilon": 1e-5}
+    long = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     expected = ranks.run(1, work.train, spread(spec, 1, 1, **long))[0]
     cut = {**spec, "out": str(tmp_path / "cut")}
     ranks.finish(ranks.start(2, work.train, {**spread(cut, 2, 1, **long, **FSDP), "kill_at": 5}), timeout=60)
