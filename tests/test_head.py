@@ -184,6 +184,12 @@ def test_logits_never_exist_twice() -> None:
     assert hidden.grad is not None
 
 
+def test_squared_error_of_logits_is_refused() -> None:
+    handle = hk.attach(families.build("llama"), hk.HiddenKeyConfig(consistency=hk.Consistency(kind="mse")))
+    with handle.step(0, IDS), pytest.raises(hk.ConfigError, match="mean squared error compares"):
+        handle.loss(**families.batch("llama"))
+
+
 def test_differentiating_twice_is_an_error() -> None:
     handle = hk.attach(families.build("llama"), NONE)
     with handle.step(0, IDS):

@@ -111,6 +111,15 @@ def _single_output(handle: Handle) -> bool:
     return is_for("SequenceClassification", handle.base) and handle.base.config.num_labels == 1
 
 
+def check_kind(handle: Handle, part: Consistency) -> None:
+    """Raises ConfigError if the term is not one for what the model puts out."""
+    if part.kind == "mse" and not _regression(handle):
+        raise ConfigError(
+            "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
+            "task); use kind='kl'"
+        )
+
+
 def compared_rows(
     handle: Handle, part: Consistency, batch: dict[str, Any], outputs: Any, features: Tensor | None
 ) -> Tensor:
@@ -118,11 +127,7 @@ def compared_rows(
     check_classes(handle)
     if compares_features(handle):
         return _pooled(handle, batch, features)
-    if part.kind == "mse" and not _regression(handle):
-        raise ConfigError(
-            "mean squared error compares the outputs of a regression head (got consistency kind 'mse' for another "
-            "task); use kind='kl'"
-        )
+    check_kind(handle, part)
     if answers(batch):
         return _answers(batch, outputs)
     logits = outputs.logits if "logits" in outputs else None

@@ -23,6 +23,7 @@ from .compared import (
     answer_logits,
     answer_loss,
     answers,
+    check_kind,
     compared_rows,
     compares_features,
     count_items,
@@ -109,6 +110,8 @@ def _on_tokens(
     handle: Handle, head: Head, model: nn.Module, part: Consistency | None, batch: dict[str, Any], num_items: Any
 ) -> LossOutput:
     """Both terms from what the vocabulary head received: logits exist for a few loss-bearing tokens at a time."""
+    if part is not None:
+        check_kind(handle, part)
     shift = shifts_labels(handle)
     places = losses.labelled_places(batch["labels"], shift=shift)  # before the passes: nobody is to wait for them later
 
