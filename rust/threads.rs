@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 pub const PIECE: usize = 1 << 17;
 /// Fewer pieces than this are done before a sleeping thread has woken up.
 const WORTH_WAKING: usize = 4;
+/// Fewer bytes than this are copied alone: two threads took .9 to 2.5 times as long for them beside torch.
+const WORTH_SHARING: usize = 4 << 20;
 /// How often a long call asks whether it should stop.
 const WATCH: Duration = Duration::from_millis(50);
 
@@ -43,6 +45,12 @@ pub fn default_threads() -> usize {
 }
 
 impl Run<'_> {
+    /// This run, without helpers if only few bytes are moved. Copying so little takes no longer than waking somebody, and
+    /// beside torch's threads, which wait for work by spinning, a helper first has to get a processor.
+    pub(crate) fn worth(&self, bytes: usize) -> Run<'_> {
+        Run { threads: if bytes < WORTH_SHARING { 1 } else { self.threads }, ..*self }
+    }
+
     /// Call `work` for each of `count` tasks, in any order, on this thread and on helpers from the pool.
     pub(crate) fn for_each<T: Send>(
         &self,

@@ -90,7 +90,7 @@ pub fn gather<T: Copy + Default + Send + Sync>(
         }
     }
     let (features, count) = (layout.features, tasks.len());
-    run.for_each(tasks.into_iter(), count, |(example, head, short)| {
+    run.worth(size_of_val(long)).for_each(tasks.into_iter(), count, |(example, head, short)| {
         let long = &long[example * layout.example()..][..layout.example()];
         let mut places = short.chunks_exact_mut(features.max(1));
         for (row, place) in kept.rows(layout, example, head).zip(&mut places) {
