@@ -11,7 +11,17 @@ import torch
 from hiddenkey_rs import masks, ops
 from hiddenkey_rs.benchmarks import attention, attention_tables, harness
 from hiddenkey_rs.benchmarks.attention import Series, Sizes
-from hiddenkey_rs.benchmarks.attention_paths import BOOLEAN, DENSE, DROPOUT, GATHERED, PATHS, PLAIN, Layout, Work
+from hiddenkey_rs.benchmarks.attention_paths import (
+    BLOCKED,
+    BOOLEAN,
+    DENSE,
+    DROPOUT,
+    GATHERED,
+    PATHS,
+    PLAIN,
+    Layout,
+    Work,
+)
 from hiddenkey_rs.benchmarks.harness import Row
 from hiddenkey_rs.cli.main import main
 
@@ -22,6 +32,7 @@ TINY = Sizes(
         Series(Layout(3, 3, 8), (6, 48), (0.1, 0.3), GATHERED, PEERS),
         Series(Layout(4, 2, 8), (48,), (0.3,), GATHERED, (PLAIN, BOOLEAN)),
         Series(Layout(2, 2, 8, pattern="span"), (48,), (0.3,), GATHERED, (PLAIN, BOOLEAN)),
+        Series(Layout(2, 2, 8, causal=True), (48,), (0.3,), BLOCKED, (PLAIN, DENSE)),
     ),
 )
 KEYS = {"bench", "case", "sizes", "threads", "device", "simd", "unit", "ours", "peer", "speedup", "goal", "met"}
@@ -88,7 +99,7 @@ def test_a_wrong_result_exits_1(broken: str, monkeypatch: pytest.MonkeyPatch, tm
     assert quick("--json", str(lines)) == 1
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     right = [row for row in rows if row["checked"]]
-    assert {row["case"].rpartition(", ")[2] for row in right} == {"not gathered"}
+    assert {row["case"].rpartition(", ")[2] for row in right} == {"not gathered", "causal"}
     assert len(right) < len(rows)
     printed = capsys.readouterr()
     assert "check failed: gathered: its result differs from the reference" in printed.err

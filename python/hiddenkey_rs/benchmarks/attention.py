@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import attention_tables, devices, harness
 from .attention_paths import (
+    BLOCKED,
     BOOLEAN,
     DENSE,
     DROPOUT,
@@ -40,7 +41,7 @@ _MOST_PAIRS = 1 << 31
 """A dense mask of more query-key pairs is left out: its float copy alone would take 8 GB."""
 _TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Of the largest number: products are summed in another order, and in 16-bit types weights are rounded (2**-8) first."""
-# Times of undropped SDPA, by (device, least length): (rate .1, rate .3).
+# Times of undropped SDPA, by (device, least length): (rate .1, rate .3). On the CPU they are about bidirectional attention.
 _GOALS = {
     "cpu": ((2048, 4096, (0.90, 0.75)), (512, 512, (0.93, 0.80))),
     "cuda": ((8192, 1 << 20, (0.95, 0.80)), (2048, 4096, (1.00, 0.85))),
@@ -82,6 +83,7 @@ WHOLE = Sizes(
         Series(Layout(), _LENGTHS, _RATES, GATHERED, _CPU_PEERS),
         Series(Layout(pattern="span"), (512, 2048), (0.1, 0.3), GATHERED, (PLAIN, BOOLEAN)),
         Series(_GROUPED, (512, 2048), (0.1, 0.3), GATHERED, (PLAIN, BOOLEAN)),
+        Series(Layout(causal=True), (512, 2048, 4096), (0.1, 0.3), BLOCKED, (PLAIN, DROPOUT, DENSE)),
     ),
 )
 QUICK = Sizes(4096, (Series(Layout(), (128, 512), (0.1, 0.3), GATHERED, _CPU_PEERS),))
@@ -180,7 +182,7 @@ def _fits(name: str, work: Work) -> bool:
 
 def _goals(sizes: Sizes, series: Series, length: int, rate: float) -> dict[str, Goal]:
     """Peer -> what a row must reach against it."""
-    if not sizes.goals:
+    if not sizes.goals or (sizes.device == "cpu" and series.layout.causal):
         return {}
     if series.layout.pattern == "element":
         ratios = _ELEMENT_GOALS if length >= 2048 and series.layout.features == 128 else {}

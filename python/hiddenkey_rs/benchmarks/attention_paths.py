@@ -25,7 +25,7 @@ from ..masks import MaskKey
 from ..plan import plan_step
 
 SEED = 11
-GATHERED, BOOLEAN, KERNEL, KEPT = "gathered", "boolean row", "triton", "triton, gathered"
+GATHERED, BLOCKED, BOOLEAN, KERNEL, KEPT = "gathered", "blocked", "boolean row", "triton", "triton, gathered"
 PLAIN, FLASH, DROPOUT, DENSE = "SDPA", "SDPA, flash", "SDPA, dropout_p", "SDPA, dense mask"
 LAYERS = 12
 """Of the model whose attention this is one of."""
@@ -214,6 +214,11 @@ def _gathered(work: Work, rate: float, step: int) -> Result:
     return work.finish(_dropped(work, rate, step, "compact"))
 
 
+def _blocked(work: Work, rate: float, step: int) -> Result:
+    """Ours where masks differ by query (CPU): of plain causal attention one call of torch's kernel."""
+    return work.finish(_dropped(work, rate, step, "blocked"))
+
+
 def _dropped(work: Work, rate: float, step: int, impl: str) -> Tensor:
     """The call that an attached model's attention makes."""
     return ops.dropped_attention(
@@ -271,6 +276,7 @@ PATHS: dict[str, Path] = {
     DENSE: _dense,
     BOOLEAN: _boolean,
     GATHERED: _gathered,
+    BLOCKED: _blocked,
     KERNEL: _kernel,
     KEPT: _kept,
 }

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..experiments.extras import extra
-from .attention_paths import BOOLEAN, FLASH, GATHERED, KERNEL, PLAIN
+from .attention_paths import BLOCKED, BOOLEAN, FLASH, GATHERED, KERNEL, PLAIN
 from .harness import Goal, Row, figure
 
 # Okabe and Ito's colours: told apart by colour-blind readers, and in print.
 _COLOURS = ("#D55E00", "#E69F00", "#CC79A7", "#0072B2", "#56B4E9", "#009E73", "#999999", "#000000")
+
+_OURS = (GATHERED, BLOCKED, KERNEL)
 
 Lines = dict[str, dict[int, float]]
 """Path and rate -> (length -> a figure)."""
@@ -132,7 +134,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
     colours = dict(zip(absolute, _COLOURS * len(absolute), strict=False))
     for axis, lines, up in ((axes[0], absolute, "ms"), (axes[1], relative, f"times of {mine[0].peer['name']}")):
         for label, line in lines.items():
-            own = label.startswith((GATHERED, KERNEL))
+            own = label.startswith(_OURS)
             lengths = sorted(line)
             axis.plot(
                 lengths, [line[n] for n in lengths], marker="o", ms=4, lw=2.2 if own else 1.2, color=colours[label],
@@ -165,7 +167,7 @@ def _ours(row: Row) -> str:
 
 
 def _rank(label: str) -> int:
-    return 0 if label.startswith((GATHERED, KERNEL)) else 1 if label.startswith(BOOLEAN) else 2
+    return 0 if label.startswith(_OURS) else 1 if label.startswith(BOOLEAN) else 2
 
 
 def _heads(sizes: Mapping[str, Any]) -> str:
