@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 pub const PIECE: usize = 1 << 17;
 /// Fewer pieces than this are done before a sleeping thread has woken up.
 const WORTH_WAKING: usize = 4;
-/// Fewer bytes than this are copied alone: two threads took .9 to 2.5 times as long for them beside torch.
+/// Fewer bytes than this are copied alone: two threads took 1.0 to 2.6 times as long for them beside torch.
 const WORTH_SHARING: usize = 4 << 20;
 /// How often a long call asks whether it should stop.
 const WATCH: Duration = Duration::from_millis(50);

@@ -107,7 +107,7 @@ def crossovers(rows: Sequence[Row]) -> list[str]:
     found = []
     for name in layouts(rows):
         lines = by_length([row for row in rows if layout(row) == name])[0]
-        for label in [label for label in lines if label.startswith((GATHERED, KERNEL))]:
+        for label in [label for label in lines if label.startswith(_OURS)]:
             rate = label.split()[-1]
             boolean = lines.get(f"{BOOLEAN} {rate}")
             if boolean is None:
