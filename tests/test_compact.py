@@ -73,6 +73,38 @@ def test_grouped_heads_and_cross_attention() -> None:
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
 
 
+def test_an_example_without_a_real_key_gets_zeros() -> None:
+    query = torch.randn(2, 4, 5, 8, requires_grad=True)
+    key, value = (torch.randn(2, 2, 9, 8, requires_grad=True) for _ in range(2))
+    allowed = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    allowed[1] = False
+    for heads, rescue in ((2, "all"), (4, "all"), (2, "own")):
+        keep = torch.ones(2, heads, 1, 9, dtype=torch.bool)
+        keep[0, :, :, 2:5] = False
+        how = {"allowed": allowed, "keep": keep, "rescue": rescue, "rate": 0.3}
+        if rescue == "own":  # of self-attention
+            query = torch.randn(2, 4, 9, 8, requires_grad=True)
+        pair = [ops.dropped_attention(query, key, value, impl=impl, **how) for impl in ("reference", "compact")]
+        torch.testing.assert_close(pair[0], pair[1], rtol=1e-5, atol=1e-6)
+        assert not pair[1][0][1].any()
+        gradients = [torch.autograd.grad(out[0].square().sum(), (query, key, value)) for out in pair]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["compact", "blocked"])
+def test_queries_may_lie_in_memory_as_they_like(impl: str) -> None:
+    """The kernel takes features to stand side by side, and reads past the end where they do not."""
+    query, key, value = (torch.randn(2, 2, 8, 40).transpose(2, 3).requires_grad_() for _ in range(3))
+    assert query.stride(-1) != 1
+    keep = torch.rand(2, 2, 1, 40, generator=torch.Generator().manual_seed(0)) > 0.3
+    how = {"allowed": None, "keep": keep, "rescue": "own", "rate": 0.3}
+    pair = [ops.dropped_attention(query, key, value, impl=one, **how) for one in ("reference", impl)]
+    torch.testing.assert_close(pair[0], pair[1], rtol=1e-5, atol=1e-6)
+    arriving = torch.randn(2, 2, 8, 40).transpose(2, 3)
+    gradients = [torch.autograd.grad(out[0], (query, key, value), arriving) for out in pair]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
+
+
 def test_is_an_operator_that_compiles() -> None:
     query, key, value, _ = tensors(2, 2, 20, 8, torch.float32, True)
     real = torch.arange(20) < torch.tensor([[20], [13]])
@@ -116,6 +148,8 @@ def test_the_choice() -> None:
         ({"allowed": reference.causal(6, 6)}, "queries of a head see different keys"),
         ({"keep": torch.ones(1, 2, 6, 6, dtype=torch.bool)}, "queries of a head see different keys"),
         ({"dropout": 0.1}, "attention dropout draws on weights"),
+        ({"value": torch.randn(1, 2, 6, 4)}, "values are 4 wide, queries and keys 8"),
+        ({"scaling": -0.5}, "logits are scaled by -0.5, which is not positive"),
         ({"position": "dropattention"}, "before softmax only"),
         ({"sinks": torch.zeros(2)}, "no attention sinks"),
         ({"impl": "fast"}, "unknown impl"),
@@ -125,7 +159,27 @@ def test_an_explicit_choice_never_falls_back(change: dict, message: str) -> None
     query = torch.randn(1, 2, 6, 8)
     how = {"allowed": None, "keep": torch.ones(1, 2, 1, 6, dtype=torch.bool), "rescue": "own", "rate": 0.1}
     with pytest.raises(ConfigError, match=message):
-        ops.dropped_attention(query, query, query, **{**how, "impl": "compact", **change})
+        ops.dropped_attention(query, query, **{"value": query, **how, "impl": "compact", **change})
+
+
+@pytest.mark.parametrize("odd", [{"width": 4}, {"scaling": -0.3}, {"scaling": 0.0}])
+@pytest.mark.parametrize("long", [True, False])
+def test_auto_goes_round_what_the_kernel_cannot_do(odd: dict, long: bool) -> None:
+    """DeepSeek's values are narrower than its keys."""
+    length = max(ops.api.BLOCKED_QUERIES, 512)
+    query = torch.randn(1, 2, length, 8, requires_grad=True)
+    value = torch.randn(1, 2, length, odd.get("width", 8), requires_grad=True)
+    allowed = reference.causal(length, length) if long else None
+    keep = torch.rand(1, 2, 1, length, generator=torch.Generator().manual_seed(0)) > 0.3
+    how = {"allowed": allowed, "keep": keep, "rescue": "own", "rate": 0.3, "scaling": odd.get("scaling")}
+    pair = [ops.dropped_attention(query, query, value, impl=impl, **how) for impl in ("reference", "auto")]
+    torch.testing.assert_close(pair[0], pair[1], rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(out[0].square().sum(), (query, value)) for out in pair]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
+    if long:  # what drops nothing
+        kept = {"allowed": allowed, "kept": allowed, "scaling": odd.get("scaling")}
+        pair = [ops.attention(query, query, value, impl=impl, **kept) for impl in ("reference", "auto")]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
 def test_a_tiny_denominator_without_spare_places() -> None:

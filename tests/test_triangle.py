@@ -76,6 +76,25 @@ def test_padding_longer_than_a_block_of_the_kernel() -> None:
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float16, 40.0), (torch.float32, 200.0), (torch.bfloat16, 200.0)])
+def test_queries_that_see_nothing_behind_keys_with_large_logits(dtype: torch.dtype, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, gradient = (torch.randn(1, 2, 40, 16, generator=generator).to(dtype) for _ in range(4))
+    query, key, value = ((size * query).requires_grad_(), key.requires_grad_(), value.requires_grad_())
+    allowed, keep = causal([(0, 25)], 40, silent=True), torch.rand(1, 2, 1, 40, generator=generator) > 0.2
+    assert find(allowed, keep) is not None
+    out = ops.dropped_attention(query, key, value, allowed=allowed, keep=keep, rescue="own", rate=0.2, impl="blocked")[
+        0
+    ]
+    found = torch.autograd.grad(out, (query, key, value), gradient)
+    alone = [x[:, :, :25].detach().requires_grad_() for x in (query, key, value)]
+    how = {"allowed": causal([(0, 25)], 25), "keep": keep[..., :25], "rescue": "own", "rate": 0.2, "impl": "blocked"}
+    expected = torch.autograd.grad(ops.dropped_attention(*alone, **how)[0], alone, gradient[:, :, :25])
+    for mine, theirs in zip(found, expected, strict=True):
+        assert not mine[:, :, 25:].any()
+        torch.testing.assert_close(mine[:, :, :25], theirs, rtol=1e-2, atol=1e-2)
+
+
 def test_which_masks_are_triangles() -> None:
     keep = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.bool).expand(2, 3, 1, 8)
     plain = reference.causal(8, 8)

@@ -53,7 +53,7 @@ def dropped_attention(
     _refuse_kernels(impl)
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    obstacle = _kernel_obstacle(query, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
+    obstacle = _kernel_obstacle(query, value, scale, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
     path = _path(impl, obstacle, allowed, keep, shape, rate)
     if path == "compact":
         return _gathered(query, key, value, allowed, keep, rescue, scale)
@@ -127,20 +127,21 @@ def _refuse_kernels(impl: str) -> None:
         )
 
 
-def _kernel_obstacle(query: Tensor, dropout: float) -> str | None:
+def _kernel_obstacle(query: Tensor, value: Tensor, scaling: float, dropout: float) -> str | None:
     """Why torch's CPU kernel cannot be called on parts of this attention, or ``None`` if it can."""
     if not cpu_kernel.runs_on(query):
         return f"it runs on the CPU in float32, bfloat16 and float16, not in {query.dtype} on {query.device.type}"
+    if value.shape[-1] != query.shape[-1]:
+        return f"values are {value.shape[-1]} wide, queries and keys {query.shape[-1]}"
+    if not scaling > 0:  # the kernel scales what it has forbidden already
+        return f"logits are scaled by {scaling}, which is not positive"
     return f"the stock model's attention dropout draws on weights (rate {dropout})" if dropout else None
 
 
-def _fits_blocks(query: Tensor, kept: Tensor, dropout: float) -> bool:
+def _fits_blocks(query: Tensor, value: Tensor, kept: Tensor, scaling: float, dropout: float) -> bool:
     """Whether blocks of queries are the way for a kept set: it is the same for all heads, and differs by query."""
-    return (
-        kept.shape[1] == 1 < kept.shape[2]
-        and query.shape[2] >= BLOCKED_QUERIES
-        and not _kernel_obstacle(query, dropout)
-    )
+    long = kept.shape[1] == 1 < kept.shape[2] and query.shape[2] >= BLOCKED_QUERIES
+    return long and _kernel_obstacle(query, value, scaling, dropout) is None
 
 
 def _in_blocks(
@@ -230,9 +231,9 @@ def attention(
         raise ConfigError(f"SDPA cannot compute this attention: {obstacle} (got impl='sdpa'); use impl='auto'")
     if impl in ("compact", "blocked"):
         raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
-    if impl == "auto" and obstacle is None and kept is not None and _fits_blocks(query, kept, dropout):
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if impl == "auto" and obstacle is None and kept is not None and _fits_blocks(query, value, kept, scale, dropout):
         everything = kept.new_ones(1, 1, 1, kept.shape[3])
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _in_blocks(query, key, value, kept, everything, "all", scale)[0]
     if impl != "reference" and obstacle is None:
         return sdpa.attention(query, key, value, kept=kept, scaling=scaling, dropout=dropout)

@@ -56,6 +56,7 @@ def attention(
         >>> out.shape, int(kept), int(total)
         (torch.Size([1, 2, 4, 8]), 13, 20)
     """
+    query, key, value = cpu_kernel.readable(query, key, value)
     out, _, counts = _attention(query, key, value, allowed, keep, rescue == "own", scaling)
     kept, total = counts.unbind()
     return out, kept, total
@@ -108,6 +109,7 @@ def _gradients(
     own: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    (gradient,) = cpu_kernel.readable(gradient)
     blocks = _Blocks(query, key, value, allowed, keep, own)
     triangle = blocks.triangle()
     if triangle is not None:

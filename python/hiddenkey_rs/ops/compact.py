@@ -55,6 +55,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor, real: Ten
         >>> attention(q, q, q, keep, torch.ones(1, 4, dtype=torch.bool), 8**-0.5).shape
         torch.Size([1, 2, 4, 8])
     """
+    (query,) = cpu_kernel.readable(query)  # keys and values are gathered
     return _attention(query, key, value, keep, real, scaling)[0]
 
 
@@ -69,7 +70,7 @@ def _attention(
         if example.places:
             example.attend(out[example.row], total[example.row], scaling)
         for head, heads in example.lost:
-            out[example.number, heads] = _own(value[example.number, head], real, example.number)
+            out[example.number, heads] = _own(value[example.number, head], real[example.number])
     return out, total
 
 
@@ -91,6 +92,7 @@ def _gradients(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_query, to_key, to_value = cpu_kernel.like(query), cpu_kernel.like(key), cpu_kernel.like(value)
+    (gradient,) = cpu_kernel.readable(gradient)
     for example in _examples(query, key, value, keep):
         n, row = example.number, example.row
         if example.places:
@@ -102,7 +104,7 @@ def _gradients(
             to_query[n] = to_key[n] = to_value[n] = 0
         for head, heads in example.lost:
             to_query[n, heads] = 0
-            to_value[n, head] = _own(gradient[n, heads].sum(dim=0), real, n)
+            to_value[n, head] = _own(gradient[n, heads].sum(dim=0), real[n])
     return to_query, to_key, to_value
 
 
@@ -258,9 +260,9 @@ def _weight(spare: Tensor, total: Tensor) -> Tensor:
     return torch.where(spare > 0, spare * (-total).exp(), 0.0)
 
 
-def _own(rows: Tensor, real: Tensor, example: int) -> Tensor:
-    """One head's rows (K, D), zero at padding."""
-    return rows.masked_fill(~real[example][:, None], 0.0)
+def _own(rows: Tensor, real: Tensor) -> Tensor:
+    """One head's rows (K, D), zero at padding; where there is nothing else, 0: queries are not as many as keys then."""
+    return rows.masked_fill(~real[:, None], 0.0) if real.any() else rows.new_zeros(())
 
 
 def _laid(rows: Tensor) -> tuple[bool, Tensor]:

@@ -28,6 +28,11 @@ def check_types(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ConfigError(f"queries, keys and values are of different types or devices (got {found}); cast them to one")
 
 
+def readable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors with features side by side: the kernel believes that they are, and SDPA's own check is not in its way here."""
+    return tuple(rows if rows.stride(-1) == 1 else rows.contiguous() for rows in tensors)
+
+
 def empty(query: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for the output, (B, H, Q, D) with heads inside as transformers wants them, and for the denominators."""
     batch, heads, length, features = query.shape

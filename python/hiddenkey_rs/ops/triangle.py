@@ -36,7 +36,7 @@ class Triangle:
         out, total = cpu_kernel.forward(query, key, value, 0.0, True, attn_mask=mask, scale=scaling)
         if self.silent is not None:
             out.masked_fill_(self.silent, 0.0)
-            total.masked_fill_(self.silent[..., 0], 0.0)
+            total.masked_fill_(self.silent[..., 0], torch.inf)  # what backward makes of the keys before them is 0
         if self.lost is not None:
             out[self.lost] = value[self.lost]
             total[self.lost] = 0.0
