@@ -172,6 +172,14 @@ def test_evaluation_and_generation_are_the_stock_models(packing: bool, tmp_path:
     assert torch.equal(written[1], written[3])
 
 
+def test_a_refused_trainer_leaves_the_first_its_logs(tmp_path: Path) -> None:
+    run = cases.trainer(tmp_path, cases.texts())
+    with pytest.raises(hk.ConfigError):
+        hk.HiddenKeySFTTrainer(run.model, run.args, None, cases.texts(), config=hk.HiddenKeyConfig(layers=[99]))
+    run.train()
+    assert cases.logged(run, "entropy")[0] > 1
+
+
 def test_a_batch_without_tokens_that_carry_loss(tmp_path: Path) -> None:
     """Packed rows of prompts alone: a finite zero, no NaN that spoils the weights."""
     tokens = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [5, 4]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import types
+import warnings
 from typing import Any
 
 import peft
@@ -13,6 +14,7 @@ import transformers
 
 import families
 import hiddenkey_rs as hk
+from hiddenkey_rs.attachment import checks
 
 SHAPE = {
     "hidden_size": 32,
@@ -83,6 +85,29 @@ def test_a_mapping_of_masks_is_taken() -> None:
     handle = hk.attach(model, "none")
     with handle.step(0, IDS):
         assert float(handle.loss(**batch)) == pytest.approx(float(plain), abs=1e-5)
+
+
+def test_no_mask_in_a_mapping_is_a_causal_one() -> None:
+    """transformers leaves causality to a flag of the layer then."""
+    config = transformers.Qwen2Config(
+        **SHAPE, num_key_value_heads=4, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    )
+    model = transformers.Qwen2ForCausalLM(config).train()
+    asked = {"config": config, "inputs_embeds": torch.zeros(2, 8, 32), "attention_mask": None, "past_key_values": None}
+    asked["position_ids"] = torch.arange(8)[None]
+    masks = transformers.masking_utils.create_masks_for_generate(**asked)
+    assert masks["full_attention"] is None
+    plain = model(input_ids=tokens(), attention_mask=masks).logits
+    results = []
+    for preset in ("none", "dropkey-column"):
+        handle = hk.attach(model, hk.HiddenKeyConfig.preset(preset, layers="all"), impl="auto")
+        for given in (masks, torch.ones(2, 8)):
+            with handle.step(0, IDS):
+                results.append(model(input_ids=tokens(), attention_mask=given, use_cache=False).logits)
+        handle.detach()
+    torch.testing.assert_close(results[0], plain)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[2], results[3])
 
 
 # -- the model's own loss -------------------------------------------------------------------------------------------
@@ -428,9 +453,95 @@ def test_a_trainer_that_is_refused_takes_nothing_away(tmp_path: Any) -> None:
         hk.HiddenKeyTrainer(model=model, config=hk.HiddenKeyConfig(layers=[99]), **options)
     first.train()
     assert first.handle.counted() == {} or first.handle.session.attached
+    with pytest.raises(hk.ConfigError):  # late, by the Trainer itself
+        hk.HiddenKeyTrainer(
+            model=model, config="dropkey-column", loader="hiddenkey", **{**options, "train_dataset": iter(data)}
+        )
+    first.train()
     hk.HiddenKeyTrainer(model=model, config="dropkey-column", **options)  # and it may still be taken over
     with pytest.raises(hk.UnsupportedModelError, match="only transformers models"):
         hk.HiddenKeyTrainer(model={}, config="dropkey-column", **options)
+
+
+def test_labels_that_are_shifted_already_are_refused() -> None:
+    handle = hk.attach(llama(), "none")
+    with (
+        handle.step(0, IDS),
+        pytest.raises(hk.DataError, match=r"got shift_labels of shape \(2, 8\)\); pass labels alone"),
+    ):
+        handle.loss(input_ids=tokens(), labels=tokens(), shift_labels=tokens())
+
+
+def test_a_decoder_may_be_given_embeddings() -> None:
+    model = families.build("bart")
+    batch = families.batch("bart")
+    inputs = model.get_input_embeddings()(model.prepare_decoder_input_ids_from_labels(batch["labels"])).detach()
+    handle = hk.attach(model, "none", stock_dropout="off")
+    with handle.step(0, [5, 6, 7]):
+        expected = handle.loss(**batch)
+        found = handle.loss(**batch, decoder_inputs_embeds=inputs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_was_last_keeps_no_graph() -> None:
+    """After an error in backward it would hold on to the activations, and the next try lacked their memory."""
+    handle = hk.attach(bert(), "hiddenkey")
+    with handle.step(0, IDS):
+        loss = handle.loss(input_ids=tokens(), labels=torch.tensor([0, 1]))
+    assert handle.last is not None
+    assert float(handle.last.loss) == float(loss)
+    assert handle.last.loss.grad_fn is None
+    assert handle.last.outputs is None
+    with handle.step(1, IDS), pytest.raises(hk.DataError):
+        handle.loss(input_ids=tokens())
+    assert handle.last is None
+
+
+def test_a_pass_beside_the_wrapper_of_ranks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_warned_ranks", False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    handle = hk.attach(bert(), "dropkey-column")
+    batch = {"input_ids": tokens(), "labels": torch.tensor([0, 1])}
+    with warnings.catch_warnings(), handle.step(0, IDS):
+        warnings.simplefilter("error")
+        handle.compute(batch, model=handle.model)
+        with torch.no_grad():
+            handle.loss(**batch)
+    with (
+        pytest.warns(
+            UserWarning, match=r"on each of 2 ranks, .* not averaged; use handle.compute\(batch, model=WRAPPER"
+        ),
+        handle.step(0, IDS),
+    ):
+        handle.loss(**batch)
+    with warnings.catch_warnings(), handle.step(0, IDS):
+        warnings.simplefilter("error")
+        handle.loss(**batch)
+
+
+@pytest.mark.parametrize(
+    ("repeat", "message"),
+    [
+        (
+            lambda layers: layers.__setitem__(1, layers[0]),
+            r"one layer module is .* \(got model.layers.0 and model.layers.1\)",
+        ),
+        (
+            lambda layers: setattr(layers[1], "mlp", layers[0].mlp),
+            r"one ffn module .*model.layers.0.mlp and .*; give each",
+        ),
+        (
+            lambda layers: setattr(layers[1], "self_attn", layers[0].self_attn),
+            r"one attention module .*0.self_attn and",
+        ),
+    ],
+)
+def test_modules_that_run_at_several_depths_are_refused(repeat: Any, message: str) -> None:
+    model = llama()
+    repeat(model.model.layers)
+    with pytest.raises(hk.UnsupportedModelError, match=message):
+        hk.attach(model, "hiddenkey")
 
 
 def test_a_head_that_drops_nothing_may_be_changed() -> None:

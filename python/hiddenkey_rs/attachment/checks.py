@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError, UnsupportedModelError
@@ -16,6 +18,7 @@ from .sites import ATTENTION_KINDS, Stack
 
 _BY_TOKEN = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "TOKEN_CLS")
 """Tasks of peft whose labels stand beside tokens."""
+_warned_ranks = False
 
 
 def base_model(model: Any) -> Any:
@@ -62,6 +65,23 @@ def check_wrapper(model: nn.Module | None) -> None:
         raise UnsupportedModelError(
             f"FSDP's first version flattens the model's weights (got {type(model).__name__}); shard it with "
             "torch.distributed.fsdp.fully_shard"
+        )
+
+
+def warn_about_ranks(model: nn.Module) -> None:
+    """Once: what runs past a DistributedDataParallel wrapper has gradients that nobody averages. No error: a loop may do it."""
+    global _warned_ranks
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    ranks = torch.distributed.get_world_size() if known else 1
+    if ranks == 1 or _warned_ranks or not torch.is_grad_enabled():
+        return
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        _warned_ranks = True
+        warnings.warn(
+            f"the loss runs the attached model itself on each of {ranks} ranks, past any DistributedDataParallel around it, "
+            "whose gradients are then not averaged; use handle.compute(batch, model=WRAPPER), or model=handle.model to average "
+            "them yourself",
+            stacklevel=4,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -19,7 +20,7 @@ from ..config import HiddenKeyConfig
 from ..errors import ConfigError, StateError, shown
 from ..serialise import choice
 from . import compared, hooks, report, two_pass
-from .checks import base_model, check_model, check_plan, check_wrapper
+from .checks import base_model, check_model, check_plan, check_wrapper, warn_about_ranks
 from .families import family_of
 from .head import head_of
 from .implementation import Implementation, implementations
@@ -128,7 +129,8 @@ class Handle:
     Attributes:
         model: what was attached to. base: the transformers model inside it.
         config: what is dropped. impl: who computes attention.
-        last: the :class:`~hiddenkey_rs.LossOutput` of the last :meth:`loss` or :meth:`compute`, ``None`` before.
+        last: the numbers of the last :meth:`loss` or :meth:`compute`, a :class:`~hiddenkey_rs.LossOutput` without graph and
+            outputs; ``None`` before.
 
     Example:
         >>> import torch, transformers
@@ -207,9 +209,11 @@ class Handle:
         """Attach again what was taken away: for who took it away too early."""
         if self.stock.off:
             self.stock = StockDropout(self.base, "off")
-        of_trainer = self.session.of_trainer
+        session, observer = self.session, None if self.head is None else self.head.observer
         self._install(implementations(self.base))
-        self.session.of_trainer = of_trainer
+        self.session.of_trainer, self.session.recorder = session.of_trainer, session.recorder
+        if self.head is not None:
+            self.head.observer = observer
 
     def detach(self) -> None:
         """Take everything away again; the model is the object that it was before, bit for bit. Harmless twice.
@@ -265,7 +269,8 @@ class Handle:
     def loss(self, **batch: Any) -> Tensor:
         """Task loss plus consistency term of a batch (labels included), a scalar that backward() may follow.
 
-        Runs the passes that the config's consistency asks for. The parts stand in :attr:`last`. Under ``torch.no_grad()`` it is
+        Runs the passes that the config's consistency asks for, of the attached model itself: under DistributedDataParallel it
+        takes ``compute(batch, model=wrapper).loss``. The parts stand in :attr:`last`. Under ``torch.no_grad()`` it is
         the loss of training all the same, with dropout; a direct call of the model is the stock model's there.
 
         Raises:
@@ -288,9 +293,11 @@ class Handle:
         Args:
             batch: the model's keyword arguments, labels included.
             num_items: examples (or target tokens that carry loss) in the whole global batch. Both terms are then
-                sums over this batch divided by it, so that accumulation and world size cannot change the gradient;
+                sums over this batch divided by it, so that accumulation and world size cannot change the gradient
+                (a wrapper that averages gradients over ranks divides by their number: multiply the loss by it);
                 by default they are means over this batch.
-            model: what to call in place of the attached model, e.g. its DistributedDataParallel wrapper.
+            model: what to call in place of the attached model: its DistributedDataParallel wrapper, which else would not
+                see the pass, and not average its gradients.
             task_loss: function of (outputs, labels) that replaces the model's own loss; a mean over the rows it is given.
                 Of question answering, labels are where answers start and end, (batch, 2).
 
@@ -300,9 +307,14 @@ class Handle:
         """
         self._require_attached()
         self.session.require_step()
+        self.last = None  # whatever comes of this one
         check_wrapper(model)
-        self.last = two_pass.compute(self, model if model is not None else self.model, batch, num_items, task_loss)
-        return self.last
+        if model is None:
+            warn_about_ranks(self.model)
+        found = two_pass.compute(self, model if model is not None else self.model, batch, num_items, task_loss)
+        # Not the graph: after an error in backward it would hold on to the activations.
+        self.last = replace(found, loss=found.loss.detach(), outputs=None)
+        return found
 
     def count_items(self, batch: dict[str, Any]) -> Any:
         """How many rows of a batch carry loss: examples, target tokens that are not masked (-100), or starts and ends.

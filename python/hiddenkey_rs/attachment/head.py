@@ -186,10 +186,8 @@ class _Pieces:
                 logits = [self.head.logits(leaves[0])]
             if self.head.observer is not None:
                 self.head.observer(logits[0].detach(), self.labels[piece])
-            if leaves[1] is not None:
-                with torch.set_grad_enabled(self.both and any(wanted)):
-                    logits.append(self.head.logits(leaves[1]))
-            others = logits[1] if len(logits) > 1 else None
+            others = None if leaves[1] is None else self.other_logits(leaves[1], self.both and any(wanted))
+            logits += [] if others is None else [others]
             task, consistency, slopes = both_terms(
                 logits[0],
                 others,
@@ -214,6 +212,11 @@ class _Pieces:
                 if part is not None:
                     trained[number] = part.to(kind or part.dtype) if before is None else before.add_(part)
         return totals, [*gradients, *(trained if any(wanted[2:]) else [None] * len(parameters))]
+
+    def other_logits(self, hidden: Tensor, differentiated: bool) -> Tensor:
+        """The other pass's logits."""
+        with torch.set_grad_enabled(differentiated):
+            return self.head.logits(hidden)
 
     def vocabulary(self, hidden: Tensor) -> int:
         """How many logits the head makes."""

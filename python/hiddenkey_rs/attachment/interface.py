@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
 from ..errors import DataError, StateError, UnsupportedModelError
-from .kernels import attend, documents_mask
+from .kernels import attend, documents_mask, seen_by
 from .passes import Pass, StackPass, attention_keep, check_apart
 from .prepared import PreparedPass
 from .sites import Site
@@ -135,16 +135,17 @@ def hiddenkey_attention(
     stack_pass.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth) if module.training else None  # part of a model may be out of training
+    # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     if stack_pass.kernels:
-        # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
-        window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
         output = attend(
             stack_pass, site, drop, depth, module, (query, key, value), attention_mask, dropout, window, how
         )
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-        if attention_mask is None:
-            allowed = documents_mask(stack_pass, site, module, window)
+    # No mask may be one that the kernels would have made needless, or a caller's own, which leaves causality to the layer.
+    if attention_mask is None and (stack_pass.kernels or seen_by(site, module, window) != (False, None)):
+        allowed = documents_mask(stack_pass, site, module, window)
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
         impl = stack_pass.impl if stack_pass.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
@@ -153,7 +154,7 @@ def hiddenkey_attention(
     heads = key.shape[1] if drop.heads == "group" else query.shape[1]
     keep = attention_keep(stack_pass, site, drop, depth, heads, query.shape[2], key.shape[2])
     _note_received(site, query, key, allowed, keep, **how)
-    rescue = "all" if site.kind == "cross-attention" else "own"
+    rescue = "all" if site.crosses else "own"
     by_row = allowed is None or allowed.shape[1:3] == (1, 1)  # all queries of a document see the same keys
     if by_row and isinstance(stack_pass, StackPass) and stack_pass.keeps_some(site, drop, depth):
         rescue = "none"  # known from the plan: masks of one row stay so, and no device is asked

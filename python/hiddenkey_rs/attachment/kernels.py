@@ -59,9 +59,7 @@ def attend(
     biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
     reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
     causal, width = seen_by(site, module, window)
-    if mask is not None and (
-        site.kind == "cross-attention" or not _says_the_documents(stack_pass, mask, causal, width)
-    ):
+    if mask is not None and (site.crosses or not _says_the_documents(stack_pass, mask, causal, width)):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
     if not isinstance(stack_pass, StackPass):
         reason = "the model is compiled"
@@ -100,7 +98,7 @@ def attend(
 
 def seen_by(site: Site, module: nn.Module, window: int | None) -> tuple[bool, int | None]:
     """Whether a layer's attention is causal, and how far it sees."""
-    if site.kind == "cross-attention":
+    if site.crosses:
         return False, None
     # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
     return bool(getattr(module, "is_causal", False)), window

@@ -72,7 +72,7 @@ class StackPass:
         self.dropping = dropping
         """The sites that drop in this pass."""
         self._keys: dict[tuple[str, int], Tensor] = {}
-        self._planned: dict[bool, dict[tuple[int, str], Tensor]] = {}
+        self._planned: dict[int, dict[tuple[int, str], Tensor]] = {}
         self._pairs: dict[tuple[str, bool, int | None], int] = {}
         self.suspect = self.apart = False
         """Whether its first attention is to show that the documents of a row do not attend to each other; has shown it."""
@@ -100,7 +100,7 @@ class StackPass:
 
     def column_tokens(self, site: Site) -> Tokens:
         """The tokens that are this site's columns: the encoder's for cross-attention, else the stack's own."""
-        if site.kind != "cross-attention":
+        if not site.crosses:
             return self.tokens
         if self.encoder_tokens is None:
             raise no_encoder()
@@ -111,7 +111,7 @@ class StackPass:
         if site.kind not in self.runs:
             own = self.runs.get("attention") or _runs(self.tokens)
             self.runs["attention"] = own
-            if site.kind == "cross-attention":
+            if site.crosses:
                 self.runs[site.kind] = ops.Documents.across(own, _runs(self.column_tokens(site)))
         return self.runs[site.kind]
 
@@ -120,7 +120,7 @@ class StackPass:
         tokens = self.column_tokens(site)
         if drop.pattern == "element" or not tokens.told:
             return False
-        kept = self.plans[site.kind == "cross-attention"].kept(depth, site.site)
+        kept = self.plans[site.side].kept(depth, site.site)
         return bool(kept[tokens.lengths > 0].all())
 
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
@@ -148,10 +148,9 @@ class StackPass:
 
     def planned(self, site: Site, depth: int) -> Tensor:
         """A column or span mask out of the step's plan: bool (documents, heads, 1, columns), on the tokens' device."""
-        cross = site.kind == "cross-attention"
-        if cross not in self._planned:  # all of them at once, as above
-            self._planned[cross] = self.plans[cross].all_to_torch(self.tokens.document.device)
-        return self._planned[cross][depth, site.site]
+        if site.side not in self._planned:  # all of them at once, as above
+            self._planned[site.side] = self.plans[site.side].all_to_torch(self.tokens.document.device)
+        return self._planned[site.side][depth, site.site]
 
     def allowed_pairs(self, site: Site, causal: bool, window: int | None) -> int:
         """How many (query, key) pairs of all documents the mask allows, for one head."""

@@ -112,7 +112,7 @@ class PreparedPass:
 
     def column_tokens(self, site: Site) -> Places:
         """The tokens that are this site's columns."""
-        if site.kind != "cross-attention":
+        if not site.crosses:
             return self.tokens
         if self.encoder_tokens is None:
             raise no_encoder()
@@ -122,7 +122,7 @@ class PreparedPass:
         """A column or span mask over the batch."""
         first, planned = self._heads[site.site, depth]
         check_heads(heads, planned)
-        laid = self._planned[_side(site)]
+        laid = self._planned[site.side]
         assert laid is not None  # as something was planned there
         return laid[first : first + heads].transpose(0, 1)
 
@@ -130,7 +130,7 @@ class PreparedPass:
         """An element mask of attention over the batch."""
         columns, rows = self.column_tokens(site), self.tokens
         words = self._words[self.slots[site.kind, depth]]
-        extent = self._extents[_side(site)]
+        extent = self._extents[site.side]
         places = (rows.document, rows.position, columns.position)
         return ops.element_pairs(words, columns.sample_ids, extent, *places, drop.threshold, heads)
 
@@ -159,11 +159,6 @@ def slots_of(sites: list[Site]) -> Slots:
     """Numbers for everything that ``sites`` drop."""
     places = dict.fromkeys((site.kind, depth) for site in sites for depth in site.drops)
     return {place: number for number, place in enumerate(places)}
-
-
-def _side(site: Site) -> int:
-    """Where a site's columns come from: 0 its own stack, 1 the encoder. A number: torch 2.11's graphs index by no bool."""
-    return 1 if site.kind == "cross-attention" else 0
 
 
 def check_heads(heads: int, planned: int) -> None:

@@ -381,7 +381,7 @@ class Session:
             and site.module.training
             and site not in reached
             and site.kind != "input"
-            and not (alone and _is_cross(site))
+            and not (alone and site.crosses)
         ]
         if missed:
             raise UnsupportedModelError(
@@ -400,7 +400,3 @@ def refuse(message: str) -> NoReturn:
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg=message)
     raise StateError(message)
-
-
-def _is_cross(site: Site) -> bool:
-    return site.kind == "cross-attention"

@@ -84,6 +84,16 @@ class Site:
     calls: int = 0
     counts: dict[int, list[Tensor | int]] = field(default_factory=dict)
 
+    @property
+    def crosses(self) -> bool:
+        """Whether its columns are the encoder's tokens."""
+        return self.kind == "cross-attention"
+
+    @property
+    def side(self) -> int:
+        """:attr:`crosses` as a place in a pair of plans. A number: torch 2.11's graphs index by no bool."""
+        return 1 if self.crosses else 0
+
     def count(self, depth: int, dropped: Tensor, allowed: Tensor | int) -> None:
         """Add to the dropped and allowed totals (0-dim int64 tensors, left on their device, or known to the host)."""
         if depth in self.counts:
@@ -185,7 +195,7 @@ def plan(config: HiddenKeyConfig, stacks: list[Stack], output: Site | None) -> N
 def _entries(stack: Stack, cross: bool) -> tuple[PlanEntry, ...]:
     found = {}
     for site in stack.sites:
-        if site.kind == "input" or (site.kind == "cross-attention") is not cross:
+        if site.kind == "input" or site.crosses is not cross:
             continue
         for depth, drop in site.drops.items():
             if plannable(drop.pattern, drop.start):
@@ -287,6 +297,7 @@ def _stack(module: Any, name: str, spec: StackSpec, family: Family) -> Stack:
             if target is not None:
                 site = stream_site(kind, role, family.encoder_decoder)
                 stack.sites.append(Site(kind, site, _join(layer.name, below), target, layer, stack))
+    _check_once(module, stack)
     embedding = module.get_input_embeddings()
     path = next(path for path, candidate in module.named_modules() if candidate is embedding)
     embed_layer = Layer(0, _join(name, path))
@@ -295,9 +306,30 @@ def _stack(module: Any, name: str, spec: StackSpec, family: Family) -> Stack:
     return stack
 
 
-def _layer_modules(stack: nn.Module, spec: StackSpec) -> Iterator[tuple[str, nn.Module]]:
+def _check_once(module: nn.Module, stack: Stack) -> None:
+    """Every layer, attention and FFN is in one place: of a module that runs at several depths no one would know which it is.
+
+    Of families that share their layers the code says so.
+    """
+    if stack.spec.shared:
+        return
+    named = dict(module.named_modules(remove_duplicate=False))
+    layers = _layer_modules(module, stack.spec, remove_duplicate=False)
+    modules = [("layer", layer) for _, layer in layers] + [(site.kind, site.module) for site in stack.sites]
+    seen: set[int] = set()
+    for kind, one in modules:
+        if id(one) in seen:
+            places = [_join(stack.name, name) for name, other in named.items() if other is one]
+            raise UnsupportedModelError(
+                f"one {kind} module is used at several depths (got {' and '.join(places[:2])}); give each its own copy"
+            )
+        seen.add(id(one))
+
+
+def _layer_modules(stack: nn.Module, spec: StackSpec, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     pattern = re.compile(re.escape(spec.layers).replace(r"\*", r"\d+") + r"\.\d+")
-    return ((name, module) for name, module in stack.named_modules() if pattern.fullmatch(name))
+    named = stack.named_modules(remove_duplicate=remove_duplicate)
+    return ((name, module) for name, module in named if pattern.fullmatch(name))
 
 
 def _fits(module: nn.Module, spec: StackSpec, family: Family) -> bool:

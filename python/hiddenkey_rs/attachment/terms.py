@@ -44,23 +44,29 @@ def both_terms(
     if second is None or kind is None:
         found = [] if scales is None else [_less_labels(log_p.exp_().mul_(scales[0]), labels, scales[0])]
         return task, task.new_zeros(()), found
-    log_q = F.log_softmax(second.detach(), dim=-1)
+    p = log_p.exp()
+    log_q, q = _other(second)
     if both:
         task = task + _cross_entropy(log_q, labels)
-    p, q = log_p.exp(), log_q.exp()
-    term, factor = _KINDS[kind]
-    values, slope = term(log_p, log_q, p, q)
+    values, slope = _term(kind, log_p, log_q, p, q)
+    factor = _KINDS[kind][1]
     consistency = values.sum() * factor
     if scales is None:
         return task, consistency, []
     found = [_joined(slope, p, labels, scales, factor)]
     if both:  # terms that have two gradients are symmetric
-        found.append(_joined(term(log_q, log_p, q, p)[1], q, labels, scales, factor))
+        found.append(_joined(_term(kind, log_q, log_p, q, p)[1], q, labels, scales, factor))
     return task, consistency, found
 
 
 def _cross_entropy(log_p: Tensor, labels: Tensor) -> Tensor:
     return -log_p.gather(1, labels[:, None]).sum()
+
+
+def _other(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The other pass's log-probabilities and probabilities."""
+    log_q = F.log_softmax(logits.detach(), dim=-1)
+    return log_q, log_q.exp()
 
 
 def _joined(slope: Tensor, p: Tensor, labels: Tensor, scales: tuple[Tensor, Tensor], factor: float) -> Tensor:
@@ -101,3 +107,7 @@ def _centred(ratio: Tensor, p: Tensor) -> Tensor:
 
 _KINDS: dict[str, tuple[_Term, float]] = {"kl": (_kl, 0.5), "js": (_js, 1.0), "jensen-shannon": (_jensen_shannon, 0.5)}
 """Terms and their factors."""
+
+
+def _term(kind: str, *both: Tensor) -> tuple[Tensor, Tensor]:
+    return _KINDS[kind][0](*both)

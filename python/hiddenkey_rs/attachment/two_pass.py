@@ -61,6 +61,11 @@ def compute(
             f"the loss needs labels (got a batch with {', '.join(batch) or 'nothing'}); pass labels=... with the batch, or "
             "start_positions and end_positions"
         )
+    if batch.get("shift_labels") is not None:
+        raise DataError(
+            f"the loss is made of labels, and this batch has others that are shifted already (got shift_labels of shape "
+            f"{tuple(batch['shift_labels'].shape)}); pass labels alone"
+        )
     part = handle.config.consistency
     part = None if part is None or part.weight == 0 else part
     idle = handle.session.require_step().idle
@@ -191,6 +196,8 @@ def _passes(
     if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
+        # An autocast around both keeps its copies of weights; those of a pass without gradient lead no gradient back.
+        torch.clear_autocast_cache()
         outputs, features = gradient_pass(batch)
     else:
         with handle.sharing.recording(compiled):
@@ -243,7 +250,8 @@ def _run(
 def _without_labels(handle: Handle, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch for a model that is not to make a loss; an encoder-decoder's inputs come from the labels, as it makes them."""
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    if handle.base.config.is_encoder_decoder and rest.get("decoder_input_ids") is None:
+    given = any(rest.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if handle.base.config.is_encoder_decoder and not given:
         rest["decoder_input_ids"] = handle.base.prepare_decoder_input_ids_from_labels(batch["labels"])
     return rest
 

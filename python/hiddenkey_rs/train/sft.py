@@ -66,16 +66,15 @@ class HiddenKeySFTTrainer(HiddenKeyTrainerMixin, SFTTrainer):
         super().__init__(
             model, args, data_collator, train_dataset, *rest, config=config, stock_dropout=stock_dropout, **more
         )
-        try:
-            check_parallelism(self.accelerator.parallelism_config)
-        except HiddenKeyError:
-            self.handle.detach()
-            raise
         self._restart_sums()
         if self.handle.head is not None:
             self.handle.head.observer = self._observe
         elif self.aux_loss_enabled:  # the model adds its routers' loss, with a weight that it read before TRL set it
             self.handle.base.router_aux_loss_coef = self.router_aux_loss_coef
+
+    def _check_given(self) -> None:
+        super()._check_given()
+        check_parallelism(self.accelerator.parallelism_config)
 
     # -- data -----------------------------------------------------------------------------------------------------
 

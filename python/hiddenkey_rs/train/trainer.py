@@ -96,23 +96,23 @@ class HiddenKeyTrainerMixin(_Trainer):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         check_stores(given.get("data_collator"), given.get("train_dataset"), given.get("eval_dataset"))
         model = given.get("model")
-        if not isinstance(model, str | None):  # what cannot be attached to is refused before the Trainer makes folders
-            earlier = _released(model)
-            try:
+        earlier = None if isinstance(model, str | None) else _released(model)
+        try:
+            if not isinstance(
+                model, str | None
+            ):  # what cannot be attached to is refused before the Trainer makes folders
                 attach(model, config, stock_dropout, impl).detach()
-            except Exception:
-                if earlier is not None:
-                    earlier.put_back()
-                raise
-        super().__init__(*args, **kwargs)
-        self._loader = Loader.of(loader, is_store(self.train_dataset))
-        check_loader(self, self._loader)
-        if getattr(self.train_dataset, "too_long", None) == "split":
-            check_split(config)
-        self.train_dataset = with_sample_ids(self.train_dataset)
-        self.data_collator = StoreCollator.around(self)
-        # Not earlier, as some trainers wrap their model or change its config.
-        self.handle = self._attach(self.model)
+            super().__init__(*args, **kwargs)
+            self._loader = Loader.of(loader, is_store(self.train_dataset))
+            self._check_given()
+            self.train_dataset = with_sample_ids(self.train_dataset)
+            self.data_collator = StoreCollator.around(self)
+            # Not earlier, as some trainers wrap their model or change its config.
+            self.handle = self._attach(self.model)
+        except BaseException:
+            if earlier is not None:
+                earlier.put_back()
+            raise
         # Our losses are normalised over the whole accumulated batch: the Trainer must not divide them again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -120,6 +120,12 @@ class HiddenKeyTrainerMixin(_Trainer):
         self._window: dict[str, Any] = {"step": 0}
         self._stream: Stream | None = None
         self._checkpoint: str | None = None
+
+    def _check_given(self) -> None:
+        """Raise for what this Trainer was given and cannot follow, before anything is attached."""
+        check_loader(self, self._loader)
+        if getattr(self.train_dataset, "too_long", None) == "split":
+            check_split(self._hiddenkey[0])
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A fresh model (hyperparameter search): what was attached to the last one moves over."""
