@@ -17,6 +17,7 @@ from hiddenkey_rs.experiments.evidence.comparisons import compare, family, losse
 from hiddenkey_rs.experiments.evidence.early_stopping import early_stopping
 from hiddenkey_rs.experiments.evidence.measures import Measure, values
 from hiddenkey_rs.experiments.evidence.paper_tables import methods_of, paper_tables
+from hiddenkey_rs.experiments.evidence.pictures import Pictures
 from hiddenkey_rs.experiments.evidence.render import markdown
 from hiddenkey_rs.experiments.evidence.runs import cell_commands, costs, curve_points
 from hiddenkey_rs.experiments.evidence.search import searched_rates
@@ -229,6 +230,24 @@ def test_a_diverged_run_is_shown_and_leaves_its_pair_out(tmp_path: Path) -> None
         "hiddenkey − lora-dropout on mrpc-1000."
     )
     assert f"{diverged} diverged at step 7" in " ".join(row[-1] for row in coverage(study).rows)
+    assert not any(study.missing.values()), "nothing is left to run"
+    assert {row[:4] for row in coverage(study).rows} >= {("mrpc-1000", "hiddenkey", "2/2", "12/12")}
+
+
+def test_means_over_fewer_seeds_say_so(study: Study) -> None:
+    """Other seeds are other training subsets: beside the means over all of them they would mislead."""
+    rows = {row[0]: row[1:] for row in overview(study).rows}
+    assert all(cell.endswith(" (3 seeds)") for cell in rows["dropkey-column"])
+    assert not any("seeds" in cell for name, cells in rows.items() for cell in cells if name != "dropkey-column")
+
+
+def test_a_baselines_loss_is_drawn_over_the_methods_own_seeds(study: Study, tmp_path: Path) -> None:
+    pictures = Pictures(study, tmp_path, "", {})
+    means = [
+        pictures._histories("mrpc-1000", "none", like=name)["report"][1]
+        for name in (None, "dropkey-column", "hiddenkey")
+    ]
+    assert means[0] == means[2] != means[1]
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.05, "better"), (-0.05, "withheld: diverged")])

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import families
 import hiddenkey_rs as hk
 from hiddenkey_rs import DataError, StateError
 from hiddenkey_rs.cli.main import main
-from hiddenkey_rs.experiments import generation
+from hiddenkey_rs.experiments import generation, models
+from hiddenkey_rs.experiments.features import collator, tokenise
 from hiddenkey_rs.experiments.generation import Decoding
 from hiddenkey_rs.experiments.memory import PeakMemory
+from hiddenkey_rs.experiments.outcomes import outcomes
 from hiddenkey_rs.experiments.sweep import runner, texts, workers
 from hiddenkey_rs.experiments.sweep import trial as trials
 from hiddenkey_rs.experiments.sweep.lines import ResultLine, append_line, pack_examples, per_example, read_lines
@@ -49,7 +56,7 @@ def line(trial: Trial, score: float = 0.5, status: str = "done", step: int | Non
     history = [entry] if status == "done" else []
     return ResultLine(
         id=trial.id, plan="x", stage=trial.stage, task=trial.task, method=trial.method, seed=trial.seed, status=status,
-        history=history, step=step, seconds=1.0,
+        history=history, step=step, seconds=1.0, setting=dict(trial.setting),
     )  # fmt: skip
 
 
@@ -154,9 +161,71 @@ def test_a_setting_that_diverges_cannot_win_and_is_not_run_again(tmp_path: Path)
 
     pool = FakePool(diverging)
     sweep = sweep_in(tmp_path)
-    assert sweep.run(lambda: pool) == 1
+    assert sweep.run(lambda: pool) == 0, "a result, too"
     assert pool.order.count("small/none/1/0/search") == 1
     assert sweep.winners() == {("small", "none"): 0, ("small", "dropped"): 1}
+
+
+def test_a_sweep_in_which_something_diverged_is_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverging(trial: Trial) -> ResultLine:
+        bad = trial.id == "small/none/0/0/search"
+        found = line(trial, status="failed", step=7) if bad else better_second(trial)
+        return dataclasses.replace(found, error="training diverged at step 7") if bad else found
+
+    monkeypatch.setattr(runner, "local_pool", lambda *_: FakePool(diverging))
+    plan_in(tmp_path)
+    command = ["sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "11 of 12 trials done, 1 diverged; hiddenkey report" in capsys.readouterr().out
+    assert main([*command, "--only", "small/none/0/0/search"]) == 0
+    assert "small/none/0/0/search: training diverged at step 7, which is its result" in capsys.readouterr().out
+
+
+def test_a_search_of_which_every_run_crashed_chooses_nothing(tmp_path: Path) -> None:
+    pool = FakePool(lambda trial: "out of memory" if trial.method == "none" else better_second(trial))
+    sweep = sweep_in(tmp_path)
+    assert sweep.run(lambda: pool) == 4
+    assert sweep.winners() == {("small", "dropped"): 1}
+    assert not any("none" in name and name.endswith("final") for name in pool.order)
+
+
+def test_a_curve_around_a_setting_that_lost_in_the_end_is_run_again(tmp_path: Path) -> None:
+    text = PLAN + "curves:\n  ranks: {vary: rank, values: [2], methods: [none], seeds: [0]}\n"
+    first = FakePool(lambda trial: "lost" if trial.id.startswith("small/none/1/") else better_second(trial))
+    assert resumed(tmp_path, text).run(lambda: first) == 2
+    assert "small/none/rank=2/0/grid" in first.order
+    second = FakePool(better_second)
+    sweep = resumed(tmp_path, text)
+    assert sweep.run(lambda: second) == 0
+    assert sweep.winners()["small", "none"] == 1
+    assert second.order.count("small/none/rank=2/0/grid") == 1
+    assert sweep.lines["small/none/rank=2/0/grid"].setting == {"lr": 2.0e-3, "rank": 2}
+
+
+def test_a_final_run_without_the_texts_that_are_tested_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    text = PLAN.replace("task: demo", "task: e2e").replace(
+        "select_rows", "select_from: dev, select_by: loss, select_rows"
+    )
+    text += "comparisons: {baselines: [none], against: [dropped], measure: bleu}\n"
+    (tmp_path / "plan.yaml").write_text(text)
+    plan = load_plan(tmp_path / "plan.yaml", str(tmp_path / "data"))
+    tried: list[str] = []
+
+    def texts_at_last(trial: Trial) -> ResultLine:
+        tried.append(trial.id)
+        found = line(trial)
+        report = {"loss": 1.0} | ({"bleu": 30.0} if trial.seed == 5 or tried.count(trial.id) > 2 else {})
+        history = [{**found.history[0], "report": report}]
+        return dataclasses.replace(found, history=history, texts={"absent": {"texts": "no memory"}})
+
+    assert Sweep(plan, text, tmp_path / "out").run(lambda: FakePool(texts_at_last)) == 2
+    kept = {entry.id: entry for entry in read_lines(tmp_path / "out" / RESULTS)}
+    assert kept["small/none/0/6/final"].error == "no texts to test: no memory"
+    assert kept["small/none/0/5/final"].done
+    assert Sweep(plan, text, tmp_path / "out").run(lambda: FakePool(texts_at_last)) == 0
 
 
 def test_no_final_starts_before_its_search_is_settled(tmp_path: Path) -> None:
@@ -349,9 +418,8 @@ def test_a_real_sweep_survives_a_kill(tmp_path: Path) -> None:
     assert figures["loss"] == pytest.approx(losses.mean(), abs=1e-3)
 
 
-def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Final runs generate with the best epoch's weights, for whole sources that nothing was chosen on."""
-    monkeypatch.setitem(generation._TASKS, "e2e", (Decoding(beams=2, max_new_tokens=8), ("bleu", "rouge_l", "cider")))
+def texts_plan(tmp_path: Path) -> Plan:
+    """Of one method on a little E2E."""
     (tmp_path / "data" / "E2E").mkdir(parents=True)
     for split, count in (("train", 12), ("dev", 8)):
         rows = [{"source": f"name : {split} {n // 2}", "target": f"{split} {n // 2} is a place"} for n in range(count)]
@@ -363,7 +431,28 @@ def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: p
         "tasks: {e2e: {task: e2e, train_size: 8}}\n"
         "methods: {none: {preset: none, settings: [{}]}}\n"
     )
-    plan = load_plan(tmp_path / "plan.yaml", str(tmp_path / "data"))
+    return load_plan(tmp_path / "plan.yaml", str(tmp_path / "data"))
+
+
+def test_a_text_trial_of_an_encoder_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its decoder's inputs are made of the labels, which a look at held-back rows must therefore hand over."""
+    monkeypatch.setitem(generation._TASKS, "e2e", (Decoding(beams=2, max_new_tokens=8), ("bleu",)))
+    model, tokenizer = families.build("bart", vocab_size=300, max_position_embeddings=64), models.byte_tokenizer()
+    monkeypatch.setattr(trials, "load_model", lambda *_: (model, tokenizer))
+    plan = texts_plan(tmp_path)
+    assert run_trial(plan.final({("e2e", "none"): 0})[0], plan.digest, "").done
+    rows = [{"source": f"name : {'a' * n}", "target": "b" * n} for n in (3, 9, 5)]
+    examples = tokenise(rows, TASKS["e2e"], tokenizer, 64, encoder_decoder=True)
+    collate = collator(tokenizer, "lm")
+    found = outcomes(model, examples, TASKS["e2e"], collate, batch_size=2).figures(TASKS["e2e"])
+    with torch.no_grad():
+        assert found["loss"] == pytest.approx(float(model.eval()(**collate(examples)).loss), rel=1e-5)
+
+
+def test_a_data_to_text_trial_leaves_scored_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Final runs generate with the best epoch's weights, for whole sources that nothing was chosen on."""
+    monkeypatch.setitem(generation._TASKS, "e2e", (Decoding(beams=2, max_new_tokens=8), ("bleu", "rouge_l", "cider")))
+    plan = texts_plan(tmp_path)
     searched = run_trial(plan.search()[0], plan.digest, "")
     assert not searched.texts
     final = run_trial(plan.final({("e2e", "none"): 0})[0], plan.digest, "")
@@ -445,23 +534,30 @@ def test_a_trial_never_divides_the_texts_of_a_source(tmp_path: Path, monkeypatch
     assert not sides[0] & sides[1]
 
 
-@pytest.mark.slow
-def test_a_process_is_replaced_after_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "TRIALS", 1)
-    text = PLAN.replace("task: demo", "task: mrpc")
-    (tmp_path / "plan.yaml").write_text(text)
-    trial = load_plan(tmp_path / "plan.yaml", str(tmp_path)).search()[0]
-    pool, seen = workers.Workers(1, 1, "x", "command"), set()
-    try:
-        for _ in range(2):
-            seen.add(pool._idle[0].process.pid)
-            pool.submit(trial)
-            ((_, outcome),) = pool.finished(60)
-            assert "MRPC" in str(outcome)  # there is no data: a failure is a trial, too
+@pytest.mark.parametrize(("outcome", "replaced"), [("a line", [False, True]), ("a failure", [True, True])])
+def test_a_process_is_replaced_after_its_trials_or_a_failure(
+    outcome: str, replaced: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault on a GPU fails whatever its process would run afterwards."""
+    ends: list[Connection] = []
+
+    def new(_: workers.Workers) -> workers._Worker:
+        ours, theirs = multiprocessing.Pipe()
+        ends.append(theirs)
+        return workers._Worker(SimpleNamespace(join=lambda: None, terminate=lambda: None), ours)
+
+    monkeypatch.setattr(workers.Workers, "_new", new)
+    monkeypatch.setattr(workers, "TRIALS", 2)
+    trial = plan_in(tmp_path).search()[0]
+    pool = workers.Workers(1, 1, "x", "command")
+    for expected in replaced:
+        before = len(ends)
+        pool.submit(trial)
+        ends[-1].send(line(trial) if outcome == "a line" else outcome)
+        assert len(list(pool.finished(5))) == 1
+        assert (len(ends) > before) is expected
         assert pool.free == 1
-    finally:
-        pool.close()
-    assert len(seen) == 2
+    pool.close()
 
 
 @pytest.mark.slow

@@ -67,8 +67,13 @@ def main(options: argparse.Namespace) -> int:
         missing = sweep.run(lambda: local_pool(plan, options.jobs, threads, command), options.only, _seconds(options))
     for (task, method), setting in sweep.winners().items():
         print(f"{task}: {method} with {dict(plan.methods[method].settings[setting]) or 'its only setting'}")
-    total = len(sweep.trials())
-    print(f"{total - missing} of {total} trials done; hiddenkey report {options.out} shows them")
+    trials = sweep.trials()
+    lines = [line for trial in trials if (line := sweep.line_of(trial)) is not None]
+    diverged = sum(line.diverged for line in lines)
+    said = f", {diverged} diverged" if diverged else ""
+    print(
+        f"{sum(line.done for line in lines)} of {len(trials)} trials done{said}; hiddenkey report {options.out} shows them"
+    )
     if options.only is not None:
         _check_only(sweep, options.only)
     elif missing:
@@ -92,8 +97,10 @@ def _warn_of_few_seeds(plan: Plan) -> None:
 
 
 def _check_only(sweep: Sweep, trial: str) -> None:
-    if not sweep.done(trial):
-        line = sweep.lines.get(trial)
+    line = next((sweep.line_of(known) for known in sweep.trials() if known.id == trial), None)
+    if line is not None and line.diverged:
+        print(f"{trial}: {line.error}, which is its result")
+    elif line is None or not line.done:
         reason = "it was not started in time" if line is None else line.error
         raise UnfinishedError(f"the trial has no result (got {trial!r}: {reason}); run the same command again")
 

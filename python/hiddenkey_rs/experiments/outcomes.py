@@ -63,7 +63,9 @@ def outcomes(
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[n] for n in order[start : start + batch_size]])
                 labels = batch["labels"].to(model.device)
-                inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+                # An encoder-decoder makes its decoder's inputs of the labels.
+                whole = task.kind == "lm" and model.config.is_encoder_decoder
+                inputs = {name: value.to(model.device) for name, value in batch.items() if whole or name != "labels"}
                 logits = model(**inputs).logits.float()
                 found.append(_judge(logits, labels, task, not model.config.is_encoder_decoder))
     finally:

@@ -86,14 +86,16 @@ class Pictures:
         base = next((name for name in self.study.plan.baselines if name in held), None)
         values = [point for series in held.values() for part in series.values() for point in part[1]]
         top = (min(values), max(values)) if values else (0.0, 1.0)
-        return [self._loss(task, method, series, held.get(base or ""), base, top) for method, series in held.items()]
+        # The baseline over the seeds that the method has: others are other training subsets.
+        grounds = {method: self._histories(task, base, like=method) if base else {} for method in held}
+        return [self._loss(task, method, series, grounds[method], base, top) for method, series in held.items()]
 
     def _loss(
         self,
         task: str,
         method: str,
         series: _Series,
-        ground: _Series | None,
+        ground: _Series,
         base: str | None,
         top: tuple[float, float],
     ) -> Picture:
@@ -101,7 +103,7 @@ class Pictures:
         picture = self._name(f"loss-{task}-{method}", title, "loss by epoch, fitted on (dashed) and reported (solid)")
         margin = 0.06 * (top[1] - top[0]) + 1e-9
         with self._figure(picture) as axes:
-            if ground is not None and base != method:
+            if ground and base != method:
                 for part, line in (("train", "--"), ("report", "-")):
                     axes.plot(*ground[part][:2], line, color="#9a9a9a", lw=1.2, label=f"{base}, {part}")
             colour = self.looks[method]["color"]
@@ -116,9 +118,11 @@ class Pictures:
             axes.legend(frameon=False, fontsize=8)
         return picture
 
-    def _histories(self, task: str, method: str) -> _Series:
-        """``train`` and ``report`` -> (epochs, means, low, high) over the final runs that are done."""
-        runs = [item.line.history for item in self.study.finals(task, method) if item.done]
+    def _histories(self, task: str, method: str, like: str | None = None) -> _Series:
+        """``train`` and ``report`` -> (epochs, means, low, high) over the final runs that are done, of the seeds of ``like``."""
+        seeds = {item.line.seed for item in self.study.finals(task, like or method) if item.done}
+        finals = self.study.finals(task, method)
+        runs = [item.line.history for item in finals if item.done and item.line.seed in seeds]
         if not runs:
             return {}
         epochs = range(min(map(len, runs)))

@@ -32,12 +32,12 @@ class Found:
     @property
     def done(self) -> bool:
         """Whether the trial ran to its end."""
-        return self.line.status == "done"
+        return self.line.done
 
     @property
     def diverged(self) -> bool:
-        """Whether a loss became NaN: a result, too. Any other failure has no step, and the sweep tries it again."""
-        return not self.done and self.line.step is not None
+        """Whether a loss became NaN."""
+        return self.line.diverged
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Study:
                 found.setdefault((item.line.task, item.line.method), []).append(item)
         return found
 
-    def seeds(self, method: str) -> tuple[int, ...]:
-        """The final seeds that the plan has for a method."""
-        return self.plan.protocol.final_seeds[: self.plan.methods[method].final_seeds]
+    def seeds(self, method: str | None = None) -> tuple[int, ...]:
+        """The final seeds that the plan has, for a method or at all."""
+        return self.plan.protocol.final_seeds[: None if method is None else self.plan.methods[method].final_seeds]
 
     def along(self, key: str, task: str, method: str, value: Any) -> list[Found]:
         """Runs of one point of a curve, around the reported setting."""
@@ -108,7 +108,7 @@ class Study:
 
     def searched(self) -> Iterator[ResultLine]:
         """Settled lines. A search of which a run crashed is not finished: it is tried again, and the setting may still change."""
-        return (item.line for item in self.found.values() if item.done or item.diverged)
+        return (item.line for item in self.found.values() if item.line.has_result)
 
     def superseded(self) -> list[Found]:
         """Finals and curves around settings that a later search did not choose; they count nowhere."""
@@ -131,15 +131,15 @@ class Study:
 
     @cached_property
     def missing(self) -> Mapping[str, list[tuple[Cell, str | None]]]:
-        """What of :attr:`expected` has no line that says ``done``."""
-        done = {name for name, item in self.found.items() if item.done}
+        """What of :attr:`expected` has no result: no line that is done or diverged, of the setting that was chosen."""
+        done = {name for name, item in self.found.items() if item.line.has_result and self._fits(item)}
         return {
             stage: [(cell, name) for cell, name in planned if name is None or name not in done]
             for stage, planned in self.expected.items()
         }
 
     def failed(self) -> list[Found]:
-        """Trials whose last line says ``failed``."""
+        """Trials whose last line says ``failed``, those that diverged included."""
         return [item for item in self.found.values() if not item.done]
 
 

@@ -33,7 +33,10 @@ def coverage(study: Study) -> Table:
             notes += ["setting provisional, its search is not finished"] if (task, method) in study.provisional else []
             notes += [_failure(item) for item in failed]
             rows.append((task, method, *counts, str(len(failed)), "; ".join(notes)))
-    caption = "Trials done of those planned. A failed trial stays in the count of what is missing."
+    caption = (
+        "Trials that have a result, of those planned. A trial that diverged has one; one that failed otherwise stays in the "
+        "count of what is missing."
+    )
     columns = ("task", "method", *stages, "failed", "state")
     return Table("coverage", "Trials", caption, columns, tuple(rows))
 
@@ -50,7 +53,7 @@ def overview(study: Study, when: str = "chosen") -> Table:
         cells = []
         for task in study.plan.tasks:
             measure = Measure(study.plan.task_of(task).metric, when)
-            cells.append(_mean(measure, values(measure, study.finals(task, method)), len(study.seeds(method))))
+            cells.append(_mean(measure, values(measure, study.finals(task, method)), len(study.seeds())))
         rows.append((method, *cells))
     heads = [f"{task}: {study.plan.task_of(task).metric}" for task in study.plan.tasks]
     if when == "last":
@@ -58,8 +61,9 @@ def overview(study: Study, when: str = "chosen") -> Table:
         return Table("overview-last", "Scores at the last epoch", caption, ("method", *heads), tuple(rows))
     caption = (
         "Mean over final seeds ± half of Student's 95 % interval, on the reported rows, at the epoch that the selection rows "
-        "chose; in brackets the seeds where runs are missing. The interval tells how much runs differ; methods are compared "
-        "by the paired differences below, which are far more certain."
+        "chose; in brackets the seeds where there are fewer than the plan's: such a mean is of other training subsets than the "
+        "others, and tells nothing beside them. The interval tells how much runs differ; methods are compared by the paired "
+        "differences below, over the seeds that both have, which are far more certain."
     )
     return Table("overview", "Scores", caption, ("method", *heads), tuple(rows))
 

@@ -66,6 +66,21 @@ class ResultLine:
     machine: str = ""
     commit: str | None = None
 
+    @property
+    def done(self) -> bool:
+        """Whether the trial ran to its end."""
+        return self.status == "done"
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss became NaN: a result, too. Any other failure has no step, and a sweep tries it again."""
+        return not self.done and self.step is not None
+
+    @property
+    def has_result(self) -> bool:
+        """Whether running the trial again would tell nothing new."""
+        return self.done or self.diverged
+
 
 def pack_examples(correct: NDArray[np.bool_] | None, loss: NDArray[np.floating[Any]]) -> dict[str, str | None]:
     """Outcomes of N rows for a line: correctness as hexadecimal bits, losses as base64 of float16."""

@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ...errors import ConfigError
 from ..run_config import RunConfig
 from ..tasks import TASKS, Task
 
@@ -63,6 +64,11 @@ class Controls:
     """The model's own attention and hidden dropout, switched on at this rate."""
     rank_dropout: float | None = None
     """Dropout on the rank axis of every adapter (DropLoRA): one draw a forward pass, shared by all rows."""
+
+    def __post_init__(self) -> None:
+        for name, rate in (("stock_rate", self.stock_rate), ("rank_dropout", self.rank_dropout)):
+            if rate is not None and (isinstance(rate, (bool, str)) or not 0 <= rate < 1):
+                raise ConfigError(f"{name} must be a rate in [0, 1) (got {rate!r}); use one such as 0.1")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ...serialise import choice
 from ..run_config import RunConfig
 from ..tasks import TASKS
 from .located import Located, Place
-from .plan import CURVE, SEARCH, Controls, Curve, Method, Plan, Protocol, Trial
+from .plan import CURVE, SEARCH, Controls, Curve, Method, Plan, Protocol, Trial, varied_place
 
 _TOP = ("name", "protocol", "base", "tasks", "methods", "comparisons", "curves")
 _CURVE = ("vary", "values", "methods", "tasks", "seeds")
@@ -28,6 +28,12 @@ _OWN = (
 _QUIET = ("log_masks", "save_steps", "max_steps", "log_every", "dev_rows")
 # What a trial, a single process with batches of rows, would leave undone: refused, as nobody would notice.
 _UNDONE = ("fsdp", "token_budget", "loader")
+# What plans may set.
+_VARIED = (
+    *(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET + _UNDONE),
+    *(f.name for f in fields(Controls)),
+    "lr_scale",
+)
 
 
 def load_plan(path: str | Path, data: str | None = None) -> Plan:
@@ -142,11 +148,9 @@ class _Reader:
         return tuple(value)
 
     def _run_fields(self, place: Place, also: tuple[str, ...] = ()) -> dict[str, Any]:
-        names = tuple(f.name for f in fields(RunConfig) if f.name not in _OWN + _QUIET + _UNDONE)
-        names += (*(f.name for f in fields(Controls)), "lr_scale", *also)
         for key in self._mapping(place):
             self._check_done((*place, key), key)
-        return dict(self._mapping(place, names))
+        return dict(self._mapping(place, (*_VARIED, *also)))
 
     def _check_done(self, place: Place, field: str) -> None:
         if field in _UNDONE:
@@ -198,6 +202,10 @@ class _Reader:
         """The baselines, and (method, baseline) of every comparison."""
         given = self._mapping(("comparisons",), ("baselines", "against", "pairs", "measure"))
         sides = {name: self._keys(("comparisons", name), methods) for name in ("baselines", "against") if name in given}
+        if len(sides) == 1 and not ("baselines" in sides and given.get("pairs")):
+            only = next(iter(sides))
+            what = f"comparisons have {only} and nothing to compare them with"
+            raise self.source.error(("comparisons", only), what, "give both baselines and against, or pairs")
         baselines = sides.get("baselines", ())
         found = [(method, base) for method in sides.get("against", ()) for base in baselines if method != base]
         pairs = given.get("pairs") or []
@@ -233,9 +241,18 @@ class _Reader:
         found = self._mapping(place, _CURVE)
         if "vary" not in found or not isinstance(found.get("values"), list) or not found["values"]:
             raise self.source.error(place, "a curve varies nothing", "give vary: FIELD and values: [...]")
-        self._check_done((*place, "vary"), str(found["vary"]))
+        vary = str(found["vary"])
+        self._check_done((*place, "vary"), vary)
+        if vary not in (*_VARIED, "train_size"):
+            raise self.source.error(
+                (*place, "vary"), f"a curve cannot vary {vary!r}", "vary a field that a setting may have"
+            )
+        for number, value in enumerate(found["values"]):
+            if "/" in varied_place(vary, value):
+                what = f"a curve's runs are named by their values, and {value!r} has a /"
+                raise self.source.error((*place, "values", number), what, "make methods of such values")
         return Curve(
-            vary=str(found["vary"]),
+            vary=vary,
             values=tuple(found["values"]),
             methods=self._keys((*place, "methods"), methods) if "methods" in found else tuple(methods),
             tasks=self._keys((*place, "tasks"), tasks) if "tasks" in found else tuple(tasks),

@@ -12,10 +12,11 @@ from typing import Any
 from typing import Protocol as Interface
 
 from ...errors import StateError
+from ..extras import extra
 from ..folder import locked, read_json, write_json, write_text
 from ..provenance import weights_digest
 from .lines import ResultLine, append_line, read_lines
-from .plan import FINAL, Plan, Trial
+from .plan import CURVE, FINAL, Plan, Trial
 from .reading import load_plan
 from .selection import winners
 from .workers import Outcome, Workers
@@ -60,7 +61,7 @@ class Sweep:
         self.started: set[str] = set()
 
     def run(self, pool: Callable[[], Pool], only: str | None = None, slice_seconds: float | None = None) -> int:
-        """Run what is missing; returns how many trials are still without a line that says ``done``.
+        """Run what is missing; returns how many trials are still without a result. That a loss became NaN is one.
 
         Args:
             pool: makes the processes. only: one trial's id. slice_seconds: start nothing after so many seconds.
@@ -70,6 +71,8 @@ class Sweep:
             self._open()  # once more: another sweep may have been here since
             write_text(self.out / DIGEST, self.plan.digest + "\n")
             self._check_weights()
+            if self.plan.measure == "bleu":
+                extra("sacrebleu", "text")
             write_text(self.out / PLAN, self.text)
             started, display = time.monotonic(), Display(len(self.trials()))
             workers = pool()
@@ -87,7 +90,7 @@ class Sweep:
                     display.show(self, workers)
             finally:
                 workers.close()
-        return sum(1 for trial in self.trials() if not self.done(trial.id))
+        return sum(1 for trial in self.trials() if not ((line := self.line_of(trial)) and line.has_result))
 
     def trials(self) -> list[Trial]:
         """All trials that are known so far: finals and curves join when their settings have been chosen."""
@@ -99,11 +102,11 @@ class Sweep:
 
     def winners(self) -> Mapping[tuple[str, str], int]:
         """The chosen settings of every (task, method) whose search is finished."""
-        return winners(self.plan, (line for line in self.lines.values() if self.settled(line.id)))
+        return winners(self.plan, (line for line in self.lines.values() if self._stands(line)))
 
     def waiting(self, only: str | None = None) -> list[Trial]:
         """Trials to start, most urgent first."""
-        found = [trial for trial in self.trials() if trial.id not in self.started and not self.settled(trial.id)]
+        found = [trial for trial in self.trials() if trial.id not in self.started and not self.settled(trial)]
         if only is None:
             return found
         known = {trial.id: trial for trial in self.trials()}
@@ -114,21 +117,28 @@ class Sweep:
             )
         return [trial for trial in found if trial.id == only]
 
-    def done(self, trial: str) -> bool:
-        """Whether the trial of this id has a line that says ``done``."""
-        line = self.lines.get(trial)
-        return line is not None and line.status == "done"
+    def line_of(self, trial: Trial) -> ResultLine | None:
+        """The trial's line, if there is one.
 
-    def settled(self, trial: str) -> bool:
-        """Whether the trial of this id is done, or has failed for good."""
-        line = self.lines.get(trial)
-        if line is None or line.status == "done":
-            return line is not None
-        return line.step is not None or self.tries[trial] > self.retries
+        A curve's trial is named by what it varies: a line around a setting that a later search did not choose is none of its.
+        """
+        line = self.lines.get(trial.id)
+        other = line is not None and trial.stage == CURVE and dict(line.setting) != dict(trial.setting)
+        return None if other else line
+
+    def settled(self, trial: Trial) -> bool:
+        """Whether the trial has a result, or has failed for good."""
+        line = self.line_of(trial)
+        return line is not None and self._stands(line)
+
+    def _stands(self, line: ResultLine) -> bool:
+        return line.has_result or self.tries[line.id] > self.retries
 
     def _keep(self, trial: Trial, outcome: Outcome, display: Display) -> None:
         self.started.discard(trial.id)
         self.tries[trial.id] += 1
+        if isinstance(outcome, ResultLine):
+            outcome = _without_texts(self.plan, outcome) or outcome
         line = outcome if isinstance(outcome, ResultLine) else _failed(trial, self.plan.digest, outcome)
         append_line(self.out / RESULTS, line)
         self.lines[trial.id], self._known = line, None
@@ -230,7 +240,7 @@ class Display:
             return
         self.last = now
         trials = sweep.trials()
-        done = sum(1 for trial in trials if sweep.settled(trial.id))
+        done = sum(1 for trial in trials if sweep.settled(trial))
         running = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in pool.running)
         left = ""
         if self.ended:
@@ -241,6 +251,15 @@ class Display:
 
     def _write(self, text: str, end: str) -> None:
         print(f"\r\x1b[2K{text}" if self.terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+def _without_texts(plan: Plan, line: ResultLine) -> str | None:
+    """Why a final run is no result after all: the plan tests its texts, and there are none."""
+    wanted = plan.measure == "bleu" and line.stage == FINAL and line.done and plan.task_of(line.task).kind == "lm"
+    if not wanted or "bleu" in line.history[line.chosen]["report"]:
+        return None
+    absent = line.texts.get("absent", {})
+    return f"no texts to test: {absent.get('texts') or absent.get('bleu') or 'they have no BLEU'}"
 
 
 def _failed(trial: Trial, plan: str, error: str) -> ResultLine:

@@ -12,7 +12,7 @@ from ...errors import DataError
 from ..data import Row, Splits, subset, subset_order
 from ..tasks import Task
 from .lines import ResultLine
-from .plan import Plan, Protocol, Winners
+from .plan import SEARCH, Plan, Protocol, Winners
 
 _HALF, _REPORT, _SOURCES = 2, 3, 4
 """What a permutation is for: part of its seed, in which a subset's is 1."""
@@ -116,5 +116,10 @@ def search_scores(plan: Plan, lines: Iterable[ResultLine]) -> dict[tuple[str, st
 
 
 def winners(plan: Plan, lines: Iterable[ResultLine]) -> Winners:
-    """The setting with the best mean selection score of every (task, method) whose search is finished."""
-    return {cell: next(iter(found)) for cell, found in search_scores(plan, lines).items()}
+    """The setting with the best mean selection score of every (task, method) whose search is finished.
+
+    Where no run of a search has a result, nothing was searched.
+    """
+    lines = list(lines)
+    with_results = {(line.task, line.method) for line in lines if line.stage == SEARCH and line.has_result}
+    return {cell: next(iter(found)) for cell, found in search_scores(plan, lines).items() if cell in with_results}

@@ -68,7 +68,9 @@ class Workers:
             try:
                 outcome: Outcome = worker.connection.recv()
                 worker.trials += 1
-                self._idle.append(worker if worker.trials < TRIALS else self._renewed(worker))
+                # A library that failed may have left the process unfit, as a fault on a GPU does.
+                spent = worker.trials >= TRIALS or isinstance(outcome, str)
+                self._idle.append(self._renewed(worker) if spent else worker)
             except (EOFError, OSError):
                 worker.process.join()
                 outcome = f"the process ended with exit code {worker.process.exitcode}"
