@@ -7,7 +7,7 @@ RUST_SOURCES := $(shell find rust -name '*.rs')
 # Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
 DATA ?= ../shared/data
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PLANS := controls tuned tuned_by_loss single_methods compensation generation llama
+PLANS := controls tuned tuned_by_loss single_methods compensation generation llama tuned_weight webnlg
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-rust lint lint-rust format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
@@ -84,7 +84,7 @@ gpu: ## every kernel against the reference, and the benches, on a CUDA device; u
 
 evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
 
-evidence-generation: runs/small-gpt2/model.safetensors $(VENV)/.captions
+evidence-generation evidence-webnlg: runs/small-gpt2/model.safetensors $(VENV)/.captions
 evidence-llama: runs/small-llama/model.safetensors $(VENV)/.captions
 $(PLANS:%=evidence-%): evidence-%: setup
 	@$(BIN)/hiddenkey sweep experiments/small/$*.yaml --data $(DATA) --out experiments/results/$* --jobs $(JOBS) --threads 1
