@@ -126,8 +126,8 @@ def _attention(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
     if dry:
         columns, elements = Layout(2, 1, 16), Layout(2, 2, 16, pattern="element", position="dropattention")
         paths = ((columns, KEPT, (PLAIN, KERNEL)), (elements, KERNEL, (PLAIN,)))
-        series = tuple(attention.Series(layout, (32,), (0.1,), ours, peers) for layout, ours, peers in paths)
-        sizes = replace(sizes, tokens=64, series=series, device=device, dtype=torch.float32, goals=False)
+        series = tuple(attention.Series(layout, (16,), (0.1,), ours, peers) for layout, ours, peers in paths)
+        sizes = replace(sizes, tokens=16, budget=0.0, series=series, device=device, dtype=torch.float32, goals=False)
     # Of every layout the length first that goals begin at: should time run out, each has been looked at.
     single = [replace(series, lengths=(length,)) for series in sizes.series for length in series.lengths]
     single.sort(key=lambda series: (series.lengths[0] != 2048, series.lengths[0] < 2048))

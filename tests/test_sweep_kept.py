@@ -13,7 +13,7 @@ from hiddenkey_rs.experiments.sweep.reading import load_plan
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.glob("small/*.yaml")) + sorted(FOLDER.glob("full/*.yaml"))
 # To be tried out, or of decoders, which take long to generate: too few seeds for any p below .05.
-SHOW_NOTHING = {"small/quick", "small/generation", "small/llama"}
+SHOW_NOTHING = {"small/quick", "small/generation", "small/llama", "small/webnlg"}
 
 
 def name(file: Path) -> str:

@@ -43,7 +43,8 @@ fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyR
     let (outcome, signal) = py.detach(|| {
         let signal = Cell::new(None);
         let interrupted = || {
-            let raised = Python::attach(|py| py.check_signals()).err();
+            // The interpreter may be gone: a process ends while other threads draw.
+            let raised = Python::try_attach(|py| py.check_signals()).and_then(|checked| checked.err());
             let stop = raised.is_some();
             signal.set(raised);
             stop

@@ -82,7 +82,9 @@ def families(study: Study) -> list[Family]:
             return tested_on(study.plan, task)
         return Measure("bleu") if task.name in written else None
 
-    kinds = {**_KINDS, "bleu": ("BLEU of texts generated at the chosen epoch", "", texts)}
+    mixed = first == "bleu" and any(study.plan.task_of(task).kind != "lm" for task in study.plan.tasks)
+    title = f"BLEU of texts generated at the chosen epoch{'; the metric, where a task has no texts' if mixed else ''}"
+    kinds = {**_KINDS, "bleu": (title, "", texts)}
     every = []
     for key in sorted(kinds, key=lambda key: key != first):
         title, caption, of = kinds[key]
