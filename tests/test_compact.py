@@ -205,3 +205,25 @@ def test_shapes_that_disagree_are_refused() -> None:
         compact.attention(*[query.double()] * 3, keep, real, 0.3)
     with pytest.raises(ConfigError, match=r"different types or devices \(got .*torch\.bfloat16 on cpu\)"):
         compact.attention(query, query, query.bfloat16(), keep, real, 0.3)
+
+
+@pytest.mark.parametrize("rescue", ["own", "all"])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_row_for_all_queries_where_nobody_can_be_asked(
+    rescue: str, heads: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In graphs and on accelerators: no kept set of (query, key) pairs is made."""
+    query, value = torch.randn(3, 4, 9, 8, requires_grad=True), torch.randn(3, 2, 9, 6, requires_grad=True)
+    key = torch.randn(3, 2, 9, 8, requires_grad=True)
+    allowed = (torch.arange(9) < torch.tensor([9, 4, 0])[:, None])[:, None, None] if padded else None
+    keep = torch.rand(3, heads, 1, 9, generator=torch.Generator().manual_seed(0)) > 0.4
+    keep[:, 0] = False
+    how = {"allowed": allowed, "keep": keep, "rescue": rescue, "rate": 0.4}
+    expected = ops.dropped_attention(query, key, value, impl="reference", **how)
+    monkeypatch.setattr(reference, "kept_set", None)
+    compiled = torch.compile(ops.dropped_attention, fullgraph=True, backend="aot_eager")
+    found = compiled(query, key, value, impl="auto", **how)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(out[0].square().sum(), (query, key, value)) for out in (expected, found)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5)

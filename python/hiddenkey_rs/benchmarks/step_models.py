@@ -202,6 +202,9 @@ class Runner:
         config = variant.config
         how = ("keep" if stock else "off", variant.impl)
         self.handle = attach(self.model, config, *how) if config is not None else None
+        if variant.compiled:
+            # Of one piece of code, however many models run it; past eight it would run uncompiled.
+            torch._dynamo.config.recompile_limit = 64
         self.call: Any = torch.compile(self.model) if variant.compiled else self.model
         self.batch = make_batch(shape, device)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]

@@ -60,6 +60,16 @@ def dropped_attention(
     keep = reference.repeat_heads(keep, query.shape[1])
     if path == "blocked":
         return _in_blocks(query, key, value, allowed, keep, rescue, scale)
+    by_sdpa = impl in ("auto", "sdpa") and not dropout and sdpa.obstacle(position, bias, softcap, sinks) is None
+    # Where nobody can be asked whether a query lost all its keys, a kept set has a row for each of them.
+    unasked = torch.compiler.is_compiling() or keep.device.type != "cpu"
+    if (
+        by_sdpa
+        and unasked
+        and _alike(allowed, keep)
+        and (rescue == "all" or (rescue == "own" and shape[2] == shape[3]))
+    ):
+        return _in_one_row(query, key, value, allowed, keep, rescue, scaling)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
     output = attention(
         query,
@@ -90,7 +100,7 @@ def _path(
         impl: as asked for. obstacle: why neither of the first two can compute it, whatever the mask.
         shape: (B, H, Q, K). rate: the probability of dropping.
     """
-    alike = keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))  # all queries of a head
+    alike = _alike(allowed, keep)
     shared = allowed is None or allowed.shape[1] == 1  # by all heads
     if impl in ("compact", "blocked"):
         if impl == "compact" and not alike:
@@ -107,6 +117,11 @@ def _path(
     if alike:
         return "compact" if worth_gathering(shape[2], shape[3], rate) else "masked"
     return "blocked" if shared and shape[2] >= BLOCKED_QUERIES else "masked"
+
+
+def _alike(allowed: Tensor | None, keep: Tensor) -> bool:
+    """Whether all queries of a head see the same keys."""
+    return keep.shape[2] == 1 and (allowed is None or allowed.shape[1:3] == (1, 1))
 
 
 def worth_gathering(queries: int, keys: int, rate: float) -> bool:
@@ -181,6 +196,26 @@ def _gathered(
         length = real.sum(dim=-1)
         kept = kept + (lost.sum(dim=-1) * (length + (queries - length) * length)).sum()
     return output, groups * (total - kept), groups * total
+
+
+def _in_one_row(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, keep: Tensor, rescue: str, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through SDPA under one row of keys for all queries of a head; heads that lost theirs are put right afterwards."""
+    heads, queries = query.shape[1:3]
+    real = keep.new_ones(len(query), 1, 1, key.shape[2]) if allowed is None else allowed
+    kept = real & keep
+    lost = ~kept.any(dim=-1, keepdim=True)
+    output = sdpa.attention(query, key, value, kept=kept | (lost & real), scaling=scaling)
+    length = real.sum(dim=-1)
+    rescued = length * queries
+    if rescue == "own":  # a real query gets the value of its own key, one of padding has seen all allowed ones
+        output = torch.where(lost & real.mT, reference.repeat_heads(value, heads), output)
+        rescued = length + (queries - length) * length
+    pairs = torch.where(lost[..., 0], rescued, kept.sum(dim=-1) * queries)
+    shape = (len(query), heads, queries, key.shape[2])
+    total = count_pairs(real, shape)
+    return output, total - pairs.expand(*shape[:2], 1).sum(), total
 
 
 def count_pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
