@@ -83,12 +83,11 @@ def test_queries_that_see_nothing_behind_keys_with_large_logits(dtype: torch.dty
     query, key, value = ((size * query).requires_grad_(), key.requires_grad_(), value.requires_grad_())
     allowed, keep = causal([(0, 25)], 40, silent=True), torch.rand(1, 2, 1, 40, generator=generator) > 0.2
     assert find(allowed, keep) is not None
-    out = ops.dropped_attention(query, key, value, allowed=allowed, keep=keep, rescue="own", rate=0.2, impl="blocked")[
-        0
-    ]
+    how = {"allowed": allowed, "keep": keep, "rescue": "own", "rate": 0.2, "impl": "blocked"}
+    out, *_ = ops.dropped_attention(query, key, value, **how)
     found = torch.autograd.grad(out, (query, key, value), gradient)
     alone = [x[:, :, :25].detach().requires_grad_() for x in (query, key, value)]
-    how = {"allowed": causal([(0, 25)], 25), "keep": keep[..., :25], "rescue": "own", "rate": 0.2, "impl": "blocked"}
+    how |= {"allowed": causal([(0, 25)], 25), "keep": keep[..., :25]}
     expected = torch.autograd.grad(ops.dropped_attention(*alone, **how)[0], alone, gradient[:, :, :25])
     for mine, theirs in zip(found, expected, strict=True):
         assert not mine[:, :, 25:].any()

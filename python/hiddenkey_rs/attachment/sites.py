@@ -313,13 +313,13 @@ def _check_once(module: nn.Module, stack: Stack) -> None:
     """
     if stack.spec.shared:
         return
-    named = dict(module.named_modules(remove_duplicate=False))
     layers = _layer_modules(module, stack.spec, remove_duplicate=False)
     modules = [("layer", layer) for _, layer in layers] + [(site.kind, site.module) for site in stack.sites]
     seen: set[int] = set()
     for kind, one in modules:
         if id(one) in seen:
-            places = [_join(stack.name, name) for name, other in named.items() if other is one]
+            named = module.named_modules(remove_duplicate=False)
+            places = [_join(stack.name, name) for name, other in named if other is one]
             raise UnsupportedModelError(
                 f"one {kind} module is used at several depths (got {' and '.join(places[:2])}); give each its own copy"
             )

@@ -56,6 +56,8 @@ def outcomes(
     # Sorted by length: less padding, and no result depends on it beyond rounding that repeats.
     order = sorted(range(len(examples)), key=lambda n: (len(examples[n]["input_ids"]), n))
     found: list[tuple[torch.Tensor, ...]] = []
+    # An encoder-decoder makes its decoder's inputs of the labels.
+    whole = task.kind == "lm" and model.config.is_encoder_decoder
     training = model.training
     model.eval()
     try:
@@ -63,8 +65,6 @@ def outcomes(
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[n] for n in order[start : start + batch_size]])
                 labels = batch["labels"].to(model.device)
-                # An encoder-decoder makes its decoder's inputs of the labels.
-                whole = task.kind == "lm" and model.config.is_encoder_decoder
                 inputs = {name: value.to(model.device) for name, value in batch.items() if whole or name != "labels"}
                 logits = model(**inputs).logits.float()
                 found.append(_judge(logits, labels, task, not model.config.is_encoder_decoder))

@@ -53,22 +53,18 @@ def dropped_attention(
     _refuse_kernels(impl)
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    obstacle = _kernel_obstacle(query, value, scale, dropout) or sdpa.obstacle(position, bias, softcap, sinks)
-    path = _path(impl, obstacle, allowed, keep, shape, rate)
+    no_sdpa = sdpa.obstacle(position, bias, softcap, sinks)
+    path = _path(impl, _kernel_obstacle(query, value, scale, dropout) or no_sdpa, allowed, keep, shape, rate)
     if path == "compact":
         return _gathered(query, key, value, allowed, keep, rescue, scale)
     keep = reference.repeat_heads(keep, query.shape[1])
     if path == "blocked":
         return _in_blocks(query, key, value, allowed, keep, rescue, scale)
-    by_sdpa = impl in ("auto", "sdpa") and not dropout and sdpa.obstacle(position, bias, softcap, sinks) is None
+    by_sdpa = impl in ("auto", "sdpa") and not dropout and no_sdpa is None
     # Where nobody can be asked whether a query lost all its keys, a kept set has a row for each of them.
     unasked = torch.compiler.is_compiling() or keep.device.type != "cpu"
-    if (
-        by_sdpa
-        and unasked
-        and _alike(allowed, keep)
-        and (rescue == "all" or (rescue == "own" and shape[2] == shape[3]))
-    ):
+    rescued = rescue == "all" or (rescue == "own" and shape[2] == shape[3])
+    if by_sdpa and unasked and rescued and _alike(allowed, keep):
         return _in_one_row(query, key, value, allowed, keep, rescue, scaling)
     kept = reference.kept_set(allowed, keep, rescue=rescue, queries=shape[2], keys=shape[3])
     output = attention(
@@ -192,9 +188,8 @@ def _gathered(
     output = compact.attention(query, key, value, stays, real, scaling)
     total = real.count_nonzero() * (heads * queries)
     kept = stays.count_nonzero() * queries
-    if rescue == "own":  # a real query keeps its own key, one of padding all allowed ones
-        length = real.sum(dim=-1)
-        kept = kept + (lost.sum(dim=-1) * (length + (queries - length) * length)).sum()
+    if rescue == "own":
+        kept = kept + (lost.sum(dim=-1) * _own_pairs(real.sum(dim=-1), queries)).sum()
     return output, groups * (total - kept), groups * total
 
 
@@ -209,13 +204,18 @@ def _in_one_row(
     output = sdpa.attention(query, key, value, kept=kept | (lost & real), scaling=scaling)
     length = real.sum(dim=-1)
     rescued = length * queries
-    if rescue == "own":  # a real query gets the value of its own key, one of padding has seen all allowed ones
+    if rescue == "own":  # padding has seen all allowed keys, as it should
         output = torch.where(lost & real.mT, reference.repeat_heads(value, heads), output)
-        rescued = length + (queries - length) * length
+        rescued = _own_pairs(length, queries)
     pairs = torch.where(lost[..., 0], rescued, kept.sum(dim=-1) * queries)
     shape = (len(query), heads, queries, key.shape[2])
     total = count_pairs(real, shape)
     return output, total - pairs.expand(*shape[:2], 1).sum(), total
+
+
+def _own_pairs(length: Tensor, queries: int) -> Tensor:
+    """Pairs of a head that lost its keys: each of ``length`` real queries keeps its own key, one of padding all allowed ones."""
+    return length + (queries - length) * length
 
 
 def count_pairs(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -98,9 +98,8 @@ class HiddenKeyTrainerMixin(_Trainer):
         model = given.get("model")
         earlier = None if isinstance(model, str | None) else _released(model)
         try:
-            if not isinstance(
-                model, str | None
-            ):  # what cannot be attached to is refused before the Trainer makes folders
+            # What cannot be attached to is refused before the Trainer makes folders.
+            if not isinstance(model, str | None):
                 attach(model, config, stock_dropout, impl).detach()
             super().__init__(*args, **kwargs)
             self._loader = Loader.of(loader, is_store(self.train_dataset))

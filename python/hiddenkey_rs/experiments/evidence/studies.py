@@ -75,9 +75,9 @@ class Study:
                 found.setdefault((item.line.task, item.line.method), []).append(item)
         return found
 
-    def seeds(self, method: str | None = None) -> tuple[int, ...]:
-        """The final seeds that the plan has, for a method or at all."""
-        return self.plan.protocol.final_seeds[: None if method is None else self.plan.methods[method].final_seeds]
+    def seeds(self, method: str) -> tuple[int, ...]:
+        """The final seeds that the plan has for a method."""
+        return self.plan.protocol.final_seeds[: self.plan.methods[method].final_seeds]
 
     def along(self, key: str, task: str, method: str, value: Any) -> list[Found]:
         """Runs of one point of a curve, around the reported setting."""

@@ -43,17 +43,17 @@ def coverage(study: Study) -> Table:
 
 def _failure(item: Found) -> str:
     line = item.line
-    return f"{line.id} failed: {line.error}" if line.step is None else f"{line.id} diverged at step {line.step}"
+    return f"{line.id} failed: {line.error}" if not line.diverged else f"{line.id} diverged at step {line.step}"
 
 
 def overview(study: Study, when: str = "chosen") -> Table:
     """Methods x tasks: the metric at the chosen epoch, or at the last."""
-    rows = []
+    rows, seeds = [], len(study.plan.protocol.final_seeds)
     for method in study.plan.methods:
         cells = []
         for task in study.plan.tasks:
             measure = Measure(study.plan.task_of(task).metric, when)
-            cells.append(_mean(measure, values(measure, study.finals(task, method)), len(study.seeds())))
+            cells.append(_mean(measure, values(measure, study.finals(task, method)), seeds))
         rows.append((method, *cells))
     heads = [f"{task}: {study.plan.task_of(task).metric}" for task in study.plan.tasks]
     if when == "last":

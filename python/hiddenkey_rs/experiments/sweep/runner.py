@@ -230,7 +230,7 @@ class Display:
         """A trial ended."""
         self.ended += 1
         self.seconds += line.seconds
-        if line.status != "done":
+        if not line.done:
             self._write(f"failed: {line.id}: {line.error}", end="\n")
 
     def show(self, sweep: Sweep, pool: Pool) -> None:

@@ -103,9 +103,8 @@ def search_scores(plan: Plan, lines: Iterable[ResultLine]) -> dict[tuple[str, st
         if line is None:
             open_cells.add((trial.task, trial.method))
             continue
-        done = line.status == "done"
         task, by = plan.task_of(trial.task), plan.protocol.select_by
-        value = score(line.history[line.chosen]["select"], task, by) if done else float("-inf")
+        value = score(line.history[line.chosen]["select"], task, by) if line.done else float("-inf")
         scores[trial.task, trial.method][trial.number].append(value)
     means = {
         cell: {number: float(np.mean(values)) for number, values in settings.items()}
