@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import families
 import hiddenkey_rs as hk
 from hiddenkey_rs.cli.main import COMMANDS
 
@@ -51,6 +52,13 @@ def test_readme_code_runs(number: int, tmp_path: Path) -> None:
         [sys.executable, "-c", BLOCKS[number]], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_config_that_readme_shows_fits_a_model() -> None:
+    names: dict[str, hk.HiddenKeyConfig] = {}
+    exec(next(block for block in BLOCKS if "rate_pattern" in block), names)
+    handle = hk.attach(families.build("bart", encoder_layers=6, decoder_layers=6), names["config"], stock_dropout="off")
+    assert "decoder.layers.5" in str(handle.report())
 
 
 def test_readme_commands_exist() -> None:

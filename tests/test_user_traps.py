@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import families
 import hiddenkey_rs as hk
@@ -552,3 +554,32 @@ def test_a_head_that_drops_nothing_may_be_changed() -> None:
         handle.loss(input_ids=tokens(), labels=torch.tensor([0, 2]))
     hk.detach(torch.nn.DataParallel(model))
     assert not handle.session.attached
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_models_that_accelerate_prepared(precision: str) -> None:
+    """Its wrapper casts what comes out; a step through it is the step of the model alone, under the same autocast."""
+    batch = {"input_ids": torch.arange(5, 21).reshape(2, 8), "labels": torch.tensor([0, 1])}
+
+    def step(handle: hk.Handle, **how: Any) -> torch.Tensor:
+        with handle.step(0, IDS):
+            return handle.compute(batch, num_items=2, **how).loss
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        prepared = bert()
+        handle = hk.attach(prepared, stock_dropout="off")
+        prepared = accelerator.prepare(prepared)
+        loss = step(handle, model=prepared)
+        accelerator.backward(loss)
+        accelerator.free_memory()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    model = bert()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        expected = step(hk.attach(model, stock_dropout="off"))
+    expected.backward()
+    assert torch.equal(loss, expected)
+    for found, wanted in zip(prepared.parameters(), model.parameters(), strict=True):
+        assert found.grad is None if wanted.grad is None else torch.equal(found.grad, wanted.grad)
