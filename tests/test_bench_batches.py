@@ -92,7 +92,8 @@ def test_a_run_is_timed_from_loader_to_optimiser(monkeypatch: pytest.MonkeyPatch
     rows = list(batches_training.rows(2, 1, PLACE))
     torch.set_num_threads(threads)
     assert [row.case for row in rows] == ["waiting for data", "an example of a run"]
-    assert all(row.checked and row.ours["n"] == 2 for row in rows)
+    assert all(row.checked for row in rows)
+    assert [row.ours["n"] for row in rows] == [2, 1]  # a share a step; all seconds over all examples
     assert 0 < rows[0].ours["median"] < 100
 
 

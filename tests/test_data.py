@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,13 +245,18 @@ def test_lora_on_modules_that_are_not_there() -> None:
 
 def test_metrics_by_hand() -> None:
     predictions, labels = np.array([1, 0, 1, 1]), np.array([1, 0, 0, 1])
-    found = metrics.scores(("accuracy", "f1", "matthews"), predictions, labels)
+    own = tasks.own_task("own", ("text",), "classification", "label", 2)
+    found = metrics.scores(replace(own, metrics=("accuracy", "f1", "matthews")), predictions, labels)
     assert found["accuracy"] == 0.75
     assert found["f1"] == pytest.approx(0.8)
     assert found["matthews"] == pytest.approx(1 / 3**0.5)
     line = np.array([1.0, 2.0, 4.0])
-    assert metrics.scores(("pearson", "spearman"), 2 * line + 1, line) == pytest.approx({"pearson": 1, "spearman": 1})
-    assert metrics.scores(("pearson",), np.ones(3), line) == {"pearson": 0.0}
+    scored = metrics.scores(tasks.TASKS["stsb"], 2 * line + 1, line)
+    assert scored == pytest.approx({"pearson": 1, "spearman": 1})
+    # Three classes of which the rows show two: the mean of F1 0, 1 and of the one that was guessed for nothing.
+    three = replace(own, num_labels=3)
+    assert metrics.scores(three, np.array([0, 1, 2]), np.array([0, 1, 1]))["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.scores(tasks.TASKS["stsb"], np.ones(3), line) == {"pearson": 0.0, "spearman": 0.0}
     assert metrics.perplexity(0.0) == 1.0
     assert metrics.perplexity(1e9) == float("inf")
 

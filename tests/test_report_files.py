@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import html.parser
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 import hiddenkey_rs as hk
-from evidence_cases import TEXTS, write_study
-from hiddenkey_rs.experiments.evidence import paper
+from evidence_cases import TEXT, TEXTS, write_study
+from hiddenkey_rs.experiments.evidence import paper, records
 from hiddenkey_rs.experiments.evidence.comparisons import family
 from hiddenkey_rs.experiments.evidence.measures import Measure
 from hiddenkey_rs.experiments.evidence.render import Table, markdown
@@ -149,6 +150,9 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path) -> None:
     write_report([tmp_path / "results"], out)
     assert not stale.exists()
     assert (out / "index.html").is_file()
+    with patch.object(records, "write_csv", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        write_report([tmp_path / "results"], tmp_path / "stopped")
+    write_report([tmp_path / "results"], tmp_path / "stopped")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(hk.StateError, match="report's folder holds other files"):
         write_report([tmp_path / "results"], tmp_path)
@@ -215,6 +219,23 @@ def test_folders_of_one_plan_are_one_study_and_of_several_plans_several(tmp_path
         read_studies([tmp_path / "c", tmp_path / "d"])
 
 
+def test_parts_of_a_study_test_the_same_and_a_crash_takes_no_result_away(tmp_path: Path) -> None:
+    write_study(tmp_path / "a", {})
+    lost: Change = lambda line: replace(line, status="failed", error="gone") if line.seed == 100 else None  # noqa: E731
+    write_study(tmp_path / "b", {}, change=lost)
+    (study,) = read_studies([tmp_path / "a", tmp_path / "b"])
+    assert not any(study.missing.values())
+    other = TEXT.replace("against: [hiddenkey]", "against: [low-rank]")
+    write_study(tmp_path / "c", {}, other)
+    with pytest.raises(hk.DataError, match=r"plans with other comparisons \(got '.*c' beside '.*a'\)"):
+        read_studies([tmp_path / "a", tmp_path / "c"])
+    fewer = TEXT.replace(", 111]", "]")
+    (tmp_path / "a" / "plan.yaml").write_text(fewer)  # lines of a seed that the plan has no more
+    (study,) = read_studies([tmp_path / "a"])
+    assert {item.line.seed for item in study.finals("mrpc-1000", "none")} == set(range(100, 111))
+    assert {item.line.seed for item in study.superseded()} == {111}
+
+
 def _lines(folder: Path, change: Callable[[list[str]], list[str]]) -> None:
     file = folder / "results.jsonl"
     file.write_text("\n".join(change(file.read_text().splitlines())) + "\n")
@@ -274,11 +295,7 @@ def test_different_rows_cannot_be_compared(tmp_path: Path) -> None:
     def fewer(line: ResultLine) -> ResultLine:
         packed = {"correct": None, "loss": ""}
         strange = line.id == "mrpc-1000/none/1/105/final"
-        return (
-            dataclasses.replace(line, examples={"chosen": {**packed, "correct": ""}, "last": packed})
-            if strange
-            else line
-        )
+        return replace(line, examples={"chosen": {**packed, "correct": ""}, "last": packed}) if strange else line
 
     study = _study(tmp_path, fewer)
     with pytest.raises(hk.DataError, match=r"reported on different rows \(got \[400, .*0, .*mrpc-1000/none"):
@@ -323,6 +340,20 @@ def test_tables_survive_what_people_write() -> None:
     assert "<code>hiddenkey sweep" in text
     assert "| <i> | a\\|b |" in markdown(table)
     assert "| r | `hiddenkey sweep 'p'` |" in markdown(table)
+    table = Table("t", "", "", ("n",), (("hiddenkey sweep p --only 'a|b/0'",),))
+    assert "| `hiddenkey sweep p --only 'a\\|b/0'` |" in markdown(table)
+
+
+def test_pictures_of_like_names_are_pictures_apart(tmp_path: Path) -> None:
+    text = TEXT.replace("stsb-500:", "mrpc-1000-low:").replace("task: stsb", "task: mrpc")
+    text = text.replace("dropkey-column:", "low-low-rank:").replace("[dropkey-column, hiddenkey]", "[hiddenkey]")
+    write_study(tmp_path / "a", {}, text)
+    write_report([tmp_path / "a"], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_text()
+    names = [path.name for path in (tmp_path / "out" / "pictures").iterdir()]
+    assert "synthetic-loss-mrpc-1000-low-low-rank.png" in names
+    assert "synthetic-loss-mrpc-1000-low-low-rank-2.png" in names
+    assert len(set(re.findall(r'src="data:image/png;base64,([^"]+)"', page))) == page.count('src="data:image/png')
 
 
 def test_the_command(finished: Path, tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def test_power_is_the_textbooks() -> None:
     assert seeds_needed(0.5, alpha=0.05 / 8) > 34
     assert seeds_needed(0.5, power=0.95) == 54
     assert seeds_needed(0.0) is seeds_needed(math.nan) is seeds_needed(1e-9) is None
-    assert seeds_needed(1e6) == 2
+    assert seeds_needed(1e6) == seeds_needed(5.0) == 6  # 2**(1 - 6) is the first smallest p of sign flips below .05
+    assert seeds_needed(1e6, alpha=0.05 / 6) == 8
     assert paired_power(0.0, 12) == pytest.approx(0.05)
 
 
@@ -160,6 +161,8 @@ def test_what_is_detectable_would_be_detected() -> None:
     assert paired_power(size, 12) == pytest.approx(0.8, abs=1e-6)
     assert seeds_needed(size) == 12 or seeds_needed(size * (1 + 1e-9)) == 12
     assert math.isnan(detectable([0.1]))
+    assert math.isnan(detectable([0.1, 0.1 + 1e-15]))
+    assert detectable(values[:5]) == detectable(values[:2], alpha=0.0005) == math.inf > detectable(values[:6])
 
 
 def test_power_by_simulation() -> None:
@@ -200,17 +203,28 @@ def test_the_bootstrap_draws_seeds_and_examples() -> None:
     assert np.mean(found) == pytest.approx(1 / math.sqrt(seeds * rows), rel=0.2)
 
 
-def test_the_bootstrap_repeats_and_its_p_is_never_0() -> None:
+def test_the_bootstrap_repeats_and_has_the_p_of_its_spread() -> None:
     table = np.random.default_rng(0).normal(0.1, 1, (12, 30))
     assert bootstrap(table, seed=3) == bootstrap(table, seed=3)
     assert bootstrap(table, seed=3) != bootstrap(table, seed=4)
-    assert bootstrap(np.full((12, 5), 0.5)).p == pytest.approx(2 / 10_001)
+    assert bootstrap(np.full((12, 5), 0.5)).p == 0.0
     assert bootstrap(np.zeros((3, 5))).p == 1.0
     plus, minus = bootstrap(table + 0.05), bootstrap(-table - 0.05)
     assert plus.p == minus.p
     assert plus.low == pytest.approx(-minus.high)
     one = bootstrap(np.arange(6.0)[None])  # a single seed: examples alone
     assert one.low < 2.5 < one.high
+    lone = table[:, 0]
+    assert bootstrap(lone).p == pytest.approx(stats.ttest_1samp(lone, 0).pvalue)
+
+
+def test_three_seeds_of_one_sign_are_no_proof() -> None:
+    """Of 27 resamples none may lie beyond 0; but Student's interval of the same three numbers holds it."""
+    differences = [-0.048, -0.012, -0.029]
+    assert mean_interval(differences).high > 0
+    found = bootstrap(differences).p
+    assert found > 0.05
+    assert found == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [[1.0]], [math.inf]])

@@ -159,6 +159,7 @@ BAD = [
     ("{rank_dropout: 0.2}", "{rank_dropout: yes}", r"rank_dropout must be a rate in \[0, 1\) \(got True in .*line 10"),
     ("baselines: [none], ", "", r"comparisons have against and nothing to compare them with .*line 11"),
     (", against: [dropped]", "", r"comparisons have baselines and nothing to compare .*line 11\); give both"),
+    ("lr: 2.0e-3", "? {RATE: 1} : 2.0e-3", r"a key is no word \(got a mapping in .*line 8\)"),
     ("base: {", "name: twice\nbase: {", r"a key stands twice \(got 'name' in .*line 3\)"),
     ("name: p", "name: [", r"the plan is no YAML"),
     ("  dropped: {", "  drop/ped: {", r"methods has a key 'drop/ped' .*; write keys as words"),
@@ -185,6 +186,12 @@ def test_an_empty_grid_is_refused(part: str, tmp_path: Path) -> None:
 def test_a_missing_plan_says_so() -> None:
     with pytest.raises(hk.ConfigError, match=r"cannot be read \(got 'nowhere.yaml': No such file"):
         load_plan("nowhere.yaml")
+
+
+def test_a_plan_of_another_encoding_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_bytes("# \xe9\n".encode("latin-1") + PLAN.encode())
+    with pytest.raises(hk.ConfigError, match=r"the plan cannot be read \(got '.*plan.yaml': 'utf-8' codec"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 ROWS = [{"n": n} for n in range(100)]

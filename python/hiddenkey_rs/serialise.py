@@ -84,10 +84,9 @@ class Serialisable:
         file = Path(path)
         try:
             text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"the config cannot be read (got {str(file)!r}: {error.strerror}); check the path"
-            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"the config cannot be read (got {str(file)!r}: {reason}); check the file") from None
         if file.suffix == ".json":
             return cls.from_json(text)
         if file.suffix in (".yaml", ".yml"):

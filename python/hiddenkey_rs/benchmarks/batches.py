@@ -41,7 +41,7 @@ class Sizes:
     known: int = 1_000_000
     budgets: tuple[int, ...] = (1024, 4096, 16384)
     batches: int = 300_000
-    steps: int = 24
+    steps: int = 63  # with the first, which warms up, an epoch
 
 
 WHOLE = Sizes()

@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), yaml_loader()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"the run's config cannot be read (got {str(path)!r}: {text}); check the file") from None
     if not isinstance(values, dict):

@@ -63,7 +63,7 @@ def _scored(
         total += loss
         predictions.append(guess)
         labels.append(right)
-    found = scores(task.metrics, np.concatenate(predictions), np.concatenate(labels))
+    found = scores(task, np.concatenate(predictions), np.concatenate(labels))
     return {"loss": total / len(examples), **found}
 
 

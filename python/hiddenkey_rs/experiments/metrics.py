@@ -10,13 +10,17 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .extras import extra
+from .tasks import Task
 
 Array = NDArray[np.float64]
 
 
-def scores(names: tuple[str, ...], predictions: Array, labels: Array) -> dict[str, float]:
-    """The named metrics. ``predictions``: class numbers or values, (N,), as ``labels``."""
-    return {name: float(_METRICS[name](predictions, labels)) for name in names if name in _METRICS}
+def scores(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
+    """The task's metrics. ``predictions``: class numbers or values, (N,), as ``labels``."""
+    # By what the task has, not by what a split happens to hold: three classes are no two where the third is rare.
+    average = "binary" if task.num_labels == 2 else "macro"
+    known = {**_METRICS, "f1": _sklearn("f1_score", average=average, zero_division=0)}
+    return {name: float(known[name](predictions, labels)) for name in task.metrics if name in known}
 
 
 def _correlation(function: str) -> Callable[[Array, Array], float]:
@@ -33,14 +37,8 @@ def _sklearn(function: str, **arguments: object) -> Callable[[Array, Array], flo
     return lambda predictions, labels: getattr(extra("sklearn.metrics"), function)(labels, predictions, **arguments)
 
 
-def _f1(predictions: Array, labels: Array) -> float:
-    average = "binary" if set(np.unique(labels)) <= {0, 1} else "macro"
-    return float(extra("sklearn.metrics").f1_score(labels, predictions, average=average, zero_division=0))
-
-
 _METRICS: dict[str, Callable[[Array, Array], float]] = {
     "accuracy": _sklearn("accuracy_score"),
-    "f1": _f1,
     "matthews": _sklearn("matthews_corrcoef"),
     "pearson": _correlation("pearsonr"),
     "spearman": _correlation("spearmanr"),

@@ -43,7 +43,7 @@ class Outcomes:
         if task.kind == "lm":
             right = float(self.predictions.sum() / self.weight.sum())
             return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": right}
-        found = {"loss": loss, **scores(task.metrics, self.predictions, self.labels)}
+        found = {"loss": loss, **scores(task, self.predictions, self.labels)}
         if self.probabilities is not None:
             found["ece"] = expected_calibration_error(self.probabilities, self.labels)
         return found

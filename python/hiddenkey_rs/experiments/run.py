@@ -178,9 +178,9 @@ def evaluate_run(out: Path) -> dict[str, Any]:
 
 
 def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[], dict[str, dict[str, float]]]:
-    rows = config.train_eval_rows or len(prepared.train)
-    # Every n-th training row: the same rows each epoch, spread over the set.
-    seen = prepared.train[:: max(1, len(prepared.train) // rows)][:rows]
+    total = len(prepared.train)
+    rows = min(config.train_eval_rows or total, total)
+    seen = [prepared.train[n * total // rows] for n in range(rows)]  # the same rows each epoch, spread over the set
 
     def both() -> dict[str, dict[str, float]]:
         parts = {"train": seen, "dev": prepared.dev}

@@ -66,7 +66,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         >>> holm([0.01, None, 0.03])
         [0.03, None, 0.06]
     """
-    order = sorted(range(len(p_values)), key=lambda n: 1.0 if p_values[n] is None else float(p_values[n] or 0.0))
+    order = sorted(range(len(p_values)), key=lambda n: 1.0 if (p := p_values[n]) is None else p)
     corrected: list[float | None] = [None] * len(p_values)
     floor = 0.0
     for rank, place in enumerate(order):
@@ -114,7 +114,7 @@ def effect_size(differences: ArrayLike) -> Interval:
     """
     values = _numbers(differences)
     n = len(values)
-    if n < 3 or _constant(values):
+    if n < 3 or constant(values):
         return Interval(math.nan, math.nan, math.nan)
     size = float(values.mean() / values.std(ddof=1))
     scale = hedges_correction(n - 1)
@@ -136,11 +136,14 @@ def hedges_correction(freedom: int) -> float:
 def seeds_needed(effect: float, power: float = 0.8, alpha: float = 0.05) -> int | None:
     """The smallest number of seeds at which a paired, two-sided t test finds an effect d_z with this power.
 
-    ``None`` where more than 100,000 would be needed, as for an effect of 0.
+    Never fewer than :func:`sign_flip` needs for a p below ``alpha``. ``None`` where more than 100,000 would be needed, as
+    for an effect of 0.
 
     Example:
         >>> seeds_needed(0.5)
         34
+        >>> seeds_needed(5.0)  # four by the t test; but 2**(1 - 5) is .0625
+        6
     """
     size = abs(effect)
     if not math.isfinite(size) or paired_power(size, _MOST_SEEDS, alpha) < power:
@@ -151,7 +154,15 @@ def seeds_needed(effect: float, power: float = 0.8, alpha: float = 0.05) -> int 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if paired_power(size, middle, alpha) >= power else (middle, high)
-    return high
+    return max(high, _fewest(alpha))
+
+
+def _fewest(alpha: float) -> int:
+    """Seeds at which the smallest p of all sign flips, 2**(1 - n), is below ``alpha``."""
+    n = 1
+    while 2.0 ** (1 - n) >= alpha:
+        n += 1
+    return n
 
 
 def paired_power(effect: float, n: int, alpha: float = 0.05) -> float:
@@ -170,10 +181,16 @@ def paired_power(effect: float, n: int, alpha: float = 0.05) -> float:
 
 
 def detectable(differences: ArrayLike, power: float = 0.8, alpha: float = 0.05) -> float:
-    """The smallest true mean difference that these seeds, with their spread, would find with this power."""
+    """The smallest true mean difference that these seeds, with their spread, would find with this power.
+
+    Infinite where they are too few for any: for a p of sign flips below ``alpha``, or for this power at a thousand standard
+    deviations. NaN of differences without spread.
+    """
     values = _numbers(differences)
-    if len(values) < 2:
+    if len(values) < 2 or constant(values):
         return math.nan
+    if len(values) < _fewest(alpha) or paired_power(1e3, len(values), alpha) < power:
+        return math.inf
     brentq = extra("scipy.optimize").brentq
     effect = brentq(lambda size: paired_power(size, len(values), alpha) - power, 1e-6, 1e3)
     return float(effect * values.std(ddof=1))
@@ -198,8 +215,9 @@ def bootstrap(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Resa
 
     The interval is the resamples' 2.5 and 97.5 % points, drawn out or in about the mean. Drawn twice, what belongs to neither
     seed nor row counts three times, and the centre counts as known; so resamples are scaled to the spread of the mean that the
-    analysis of variance of a crossed design finds, and to Student's t on its degrees of freedom. p is twice the smaller share
-    of resamples beyond 0, the observed difference counted among them.
+    analysis of variance of a crossed design finds, and to Student's t on its degrees of freedom. p is Student's, too, of the
+    mean over that spread, and 0 where there is none: the share of resamples beyond 0 would not do, as three seeds have 27
+    resamples, of which easily none lies there. Of a single seed it is the normal distribution's.
 
     Example:
         >>> found = bootstrap(np.ones((3, 4)))
@@ -213,13 +231,14 @@ def bootstrap(differences: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Resa
     rng = np.random.default_rng(seed)
     means = np.concatenate([_resample(table, min(_CHUNK, draws - done), rng) for done in range(0, draws, _CHUNK)])
     mean = float(table.mean())
-    if len(table) > 1 and (spread := float(means.std())) > 0:
-        error, freedom = _standard_error(table)
-        t = extra("scipy.stats").t.ppf(0.975, freedom) / extra("scipy.stats").norm.ppf(0.975)
-        means = mean + (means - mean) * (t * error / spread)
-    low, high = np.quantile(means, [0.025, 0.975])
-    beyond = min(np.sum(means <= 0), np.sum(means >= 0))
-    return Resampled(mean, float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (draws + 1))))
+    error, freedom = float(means.std()), math.inf
+    if len(table) > 1 and error > 0:
+        spread, (error, freedom) = error, _standard_error(table)
+        means = mean + (means - mean) * (error / spread)
+    t = extra("scipy.stats").t
+    low, high = mean + (np.quantile(means, [0.025, 0.975]) - mean) * (t.ppf(0.975, freedom) / t.ppf(0.975, math.inf))
+    size = abs(mean) / error if error > 0 else math.inf if mean else 0.0
+    return Resampled(mean, float(low), float(high), float(2 * t.sf(size, freedom)))
 
 
 def _standard_error(table: Array) -> tuple[float, float]:
@@ -249,7 +268,8 @@ def _resample(table: Array, draws: int, rng: np.random.Generator) -> Array:
     return np.take_along_axis(rows, rng.integers(0, examples, (draws, examples)), axis=1).mean(axis=1)
 
 
-def _constant(values: Array) -> bool:
+def constant(values: Array) -> bool:
+    """Whether values (n,) are all one, but for rounding."""
     return float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max(initial=0.0))
 
 

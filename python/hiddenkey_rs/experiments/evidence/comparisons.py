@@ -12,6 +12,7 @@ from ..statistics import (
     Interval,
     Resampled,
     bootstrap,
+    constant,
     detectable,
     effect_size,
     holm,
@@ -99,8 +100,7 @@ def compare(study: Study, task: str, method: str, baseline: str, measure: Measur
     if not whole or len(differences) < 2:
         return found
     rows = _rows(study, found)
-    spread = differences.std(ddof=1)
-    effect = abs(differences.mean()) / spread if spread > 0 else float("nan")
+    effect = float("nan") if constant(differences) else abs(differences.mean()) / differences.std(ddof=1)
     return replace(
         found,
         effect=effect_size(differences),
@@ -183,7 +183,8 @@ def _said(method: str, found: list[Comparison]) -> str:
     losses = {name: sum(e.verdict == WORSE for e in own if e.baseline == name) for name in baselines}
     everywhere = _count(tasks, "task")
     if not any(wins.values()):
-        text = f"'{method}' is not shown to be better than {_or([repr(name) for name in baselines])} on any of {everywhere}"
+        names = _and([f"'{name}'" for name in baselines], "or")
+        text = f"'{method}' is not shown to be better than {names} on any of {everywhere}"
     else:
         text = f"'{method}' is better than " + _and([f"'{name}' on {wins[name]} of {everywhere}" for name in baselines])
         if len(baselines) > 1:
@@ -196,8 +197,9 @@ def _said(method: str, found: list[Comparison]) -> str:
 
 
 def _too_few(found: list[Comparison]) -> str:
-    """That a family could not have shown anything: the smallest p of n seeds, times the family, is not below .05."""
-    short = [entry for entry in found if len(found) * 2.0 ** (1 - entry.planned) >= ALPHA]
+    """That a family could not have shown anything: were every p the smallest of its seeds, Holm's would not be below .05."""
+    best = holm([2.0 ** (1 - entry.planned) for entry in found])
+    short = [entry for entry, p in zip(found, best, strict=True) if p is None or p >= ALPHA]
     if not short:
         return ""
     seeds = _and(list(dict.fromkeys(str(entry.planned) for entry in short)))
@@ -241,9 +243,5 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _and(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
-
-
-def _or(words: list[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
+def _and(words: list[str], word: str = "and") -> str:
+    return f" {word} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)

@@ -65,7 +65,9 @@ def page(studies: Sequence[tuple[str, Sequence[Section]]], folder: Path) -> str:
     links, body = [], []
     for name, sections in studies:
         for section in sections[1:]:
-            anchor = _anchor(name, section.name)
+            anchor = (
+                f"{_anchor(name, section.name)}-{len(body) + 1}"  # two names may be one where only letters are left
+            )
             heading = section.title if len(studies) == 1 else f"{name}: {section.title}"
             links.append(f'<a href="#{anchor}">{escape(heading)}</a>')
             blocks = "\n".join(_block(block, folder) for block in section.blocks if block)

@@ -196,7 +196,11 @@ class Pictures:
         axes.patch.set_visible(False)
 
     def _name(self, key: str, title: str, words: str) -> Picture:
-        name = re.sub(r"[^\w.=-]+", "-", f"{self.study.name}-{key}") + ".png"
+        plain = re.sub(r"[^\w.=-]+", "-", f"{self.study.name}-{key}")
+        name, number = f"{plain}.png", 1
+        while (self.folder / name).exists():  # what other words leave of themselves, or of other tasks and methods
+            number += 1
+            name = f"{plain}-{number}.png"
         return Picture(f"{self.below}/{name}", title, f"{title}: {words}")
 
     @contextmanager
@@ -240,7 +244,8 @@ def _end(band: Interval, name: str) -> float:
 
 def _spread(band: Interval, count: int) -> float:
     """The standard deviation behind Student's interval of ``count`` values; 1 where there is none."""
-    if count < 2 or not band.high > band.low:
+    # Differences that are equal but for rounding have no spread to be shown in.
+    if count < 2 or not band.high - band.low > 1e-9 * max(abs(band.high), abs(band.low)):
         return 1.0
     t = float(extra("scipy.stats").t.ppf(0.975, count - 1))
     return (band.high - band.low) / 2 / t * float(np.sqrt(count))

@@ -91,4 +91,5 @@ def markdown(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"`{text}`" if text.startswith(_COMMAND) else text.replace("|", "\\|")
+    text = text.replace("|", "\\|")  # in code, too: a row of cells is divided before anything in it is read
+    return f"`{text}`" if text.startswith(_COMMAND) else text

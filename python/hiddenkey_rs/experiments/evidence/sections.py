@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -138,10 +139,15 @@ def _state(study: Study) -> list[str]:
     said = []
     if any(study.missing[stage] for stage in (SEARCH, FINAL, CURVE)):
         folder = study.folders[-1]
-        said.append(f"To go on: hiddenkey sweep {folder}/plan.yaml --out {folder} --data DIR")
+        said.append(
+            "To go on: " + shlex.join(["hiddenkey", "sweep", f"{folder}/plan.yaml", "--out", folder, "--data", "DIR"])
+        )
     if superseded := study.superseded():
         names = ", ".join(item.line.id for item in superseded)
-        said.append(f"Runs of settings that the search did not choose in the end, counted nowhere: {names}.")
+        said.append(
+            "Runs of settings that the search did not choose in the end, or of seeds that the plan does not have, counted "
+            f"nowhere: {names}."
+        )
     return said
 
 

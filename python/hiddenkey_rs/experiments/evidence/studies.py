@@ -94,13 +94,13 @@ class Study:
         return found
 
     def _fits(self, item: Found) -> bool:
-        """Whether a run is of its cell's reported setting; of a curve's run all but the varied field counts."""
+        """Whether a run is of its cell's reported setting and its plan's seeds; of a curve's all but the varied field counts."""
         line, method = item.line, self.plan.methods[item.line.method]
         number = self.settings.get((line.task, line.method))
         if line.stage == SEARCH or number is None:
             return line.stage == SEARCH
         if line.stage == FINAL:
-            return _place(line) == str(number)
+            return _place(line) == str(number) and line.seed in self.seeds(line.method)
         vary = _place(line).partition("=")[0]
         varied = method.rate_field if vary == "rate" else vary
         held, wanted = dict(line.setting), dict(method.settings[number])
@@ -111,7 +111,7 @@ class Study:
         return (item.line for item in self.found.values() if item.line.has_result)
 
     def superseded(self) -> list[Found]:
-        """Finals and curves around settings that a later search did not choose; they count nowhere."""
+        """Finals and curves around settings that a later search did not choose, or of other seeds; they count nowhere."""
         return [item for item in self.found.values() if not self._fits(item)]
 
     @cached_property
@@ -144,10 +144,11 @@ class Study:
 
 
 def read_studies(folders: Sequence[str | Path]) -> list[Study]:
-    """The studies in these folders. Folders of the same plan are parts of one study; of equal ids the last counts.
+    """The studies in these folders. Folders of the same plan are parts of one study; of equal ids the last result counts.
 
     Raises:
-        DataError: a folder without results or plan, lines of another plan, or a line that lacks a figure; with the line.
+        DataError: a folder without results or plan, lines of another plan, a line that lacks a figure (with the line), or
+            parts of one study that test different things.
     """
     plans: dict[str, Plan] = {}
     parts: dict[str, list[tuple[str, dict[str, Found]]]] = {}
@@ -161,9 +162,18 @@ def read_studies(folders: Sequence[str | Path]) -> list[Study]:
                 f"two plans go by one name (got {plan.name!r} again in {str(folder)!r}, with other contents); report them "
                 "apart, or rename one"
             )
-        plans[plan.digest] = plan
+        _check_parts(plans.setdefault(plan.digest, plan), plan, parts.get(plan.digest, ()), str(folder))
         parts.setdefault(plan.digest, []).append((str(folder), found))
     return [_study(plans[digest], held) for digest, held in parts.items()]
+
+
+def _check_parts(first: Plan, plan: Plan, before: Iterable[tuple[str, Any]], folder: str) -> None:
+    for name, had in first.fixed.items():
+        if plan.fixed[name] != had:
+            raise DataError(
+                f"parts of one study have plans with other {name} (got {folder!r} beside {next(iter(before))[0]!r}); what is "
+                "tested is fixed beforehand, so report them apart"
+            )
 
 
 def _read(folder: Path) -> tuple[Plan, dict[str, Found]]:
@@ -217,7 +227,9 @@ def _study(plan: Plan, parts: Iterable[tuple[str, dict[str, Found]]]) -> Study:
     folders, found = [], {}
     for folder, held in parts:
         folders.append(folder)
-        found.update(held)
+        for name, item in held.items():
+            if item.line.has_result or name not in found:  # a crash elsewhere takes no result away
+                found[name] = item
     study = Study(plan, tuple(folders), found, {}, frozenset())
     chosen = dict(winners(plan, study.searched()))
     counts: dict[Cell, Counter[int]] = {}

@@ -186,7 +186,7 @@ def pairs_text(entry: Comparison) -> str:
 
 def seeds_text(entry: Comparison, corrected: bool = False) -> str:
     """Seeds for power .8 at the difference seen; with ``corrected``, in brackets those at the family's alpha."""
-    if entry.p is None:
+    if entry.detectable is None or math.isnan(entry.detectable[0]):  # all pairs alike: no number of seeds tells more
         return NONE
     plain, strict = ("∞" if needed is None else str(needed) for needed in entry.needed)
     return f"{plain} ({strict})" if corrected else plain
@@ -195,7 +195,7 @@ def seeds_text(entry: Comparison, corrected: bool = False) -> str:
 def _detectable(entry: Comparison) -> str:
     if entry.detectable is None:
         return NONE
-    plain, strict = (entry.measure.write(value) for value in entry.detectable)
+    plain, strict = (entry.measure.write(value) if math.isfinite(value) else NONE for value in entry.detectable)
     return f"{plain} ({strict})"
 
 

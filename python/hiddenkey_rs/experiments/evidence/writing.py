@@ -55,6 +55,8 @@ def write_report(
 
 def _write_folder(out: Path, studies: list[Study], tested: Mapping[str, list[Family]], theirs: paper.Curves) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    if not (out / PAGE).is_file():  # what is stopped in the middle is known for a report again
+        write_text(out / PAGE, f"<!DOCTYPE html>\n{MARK}\n<p>This report was not finished.</p>\n")
     told: list[tuple[str, list[Section]]] = []
 
     def draw_all(folder: Path) -> None:
@@ -83,7 +85,7 @@ def _check_free(out: Path) -> None:
     """A report replaces a report, and nothing else."""
     if out.is_file():
         raise StateError(f"the report's folder is a file (got {str(out)!r}); choose another --out")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not file.name.startswith(".") for file in out.iterdir()):
         index = out / PAGE
         if not index.is_file() or MARK not in index.read_text(encoding="utf-8", errors="replace")[:200]:
             raise StateError(f"the report's folder holds other files (got {str(out)!r}); choose another --out")

@@ -31,10 +31,9 @@ class Located:
             if node is not None:
                 self._walk(node, ())
             self.values = {} if node is None else loader.construct_document(node)
-        except OSError as error:
-            raise ConfigError(
-                f"the plan cannot be read (got {str(path)!r}: {error.strerror}); check the path"
-            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"the plan cannot be read (got {str(path)!r}: {reason}); check the file") from None
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"the plan is no YAML (got {str(path)!r}: {' '.join(str(error).split())}); mend it"
@@ -61,6 +60,9 @@ class Located:
                 self._walk(item, (*place, number))
         elif node.id == "mapping":
             for key, value in node.value:
+                if key.id != "scalar":
+                    where = f"{str(self.path)!r}, line {key.start_mark.line + 1}"
+                    raise ConfigError(f"a key is no word (got a {key.id} in {where}); write a name before the colon")
                 inner = (*place, key.value)
                 if inner in self._lines:
                     raise ConfigError(

@@ -132,6 +132,16 @@ class Plan:
     data: str | None
     digest: str
 
+    @property
+    def fixed(self) -> Mapping[str, tuple[Any, ...]]:
+        """What a folder with final runs keeps, by its key in the file: the digest covers neither seeds nor family."""
+        return {
+            "comparisons": tuple(sorted(f"{method} - {baseline}" for method, baseline in self.comparisons)),
+            "measure": (self.measure,),
+            "search_seeds": self.protocol.search_seeds,
+            "final_seeds": self.protocol.final_seeds,
+        }
+
     def search(self) -> list[Trial]:
         """Every method x setting x task x search seed."""
         return [

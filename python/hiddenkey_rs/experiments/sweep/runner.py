@@ -182,7 +182,7 @@ class Sweep:
             write_json(file, found)
 
     def _check_fixed(self) -> None:
-        """What is tested is fixed once a final run could have been looked at: the digest covers neither seeds nor family."""
+        """What is tested is fixed once a final run could have been looked at."""
         if not any(line.stage == FINAL for line in self.lines.values()):
             return
         file = self.out / PLAN
@@ -190,22 +190,13 @@ class Sweep:
             what = f"the folder has final runs and no plan to compare with (got {str(self.out)!r} without {PLAN})"
             raise StateError(f"{what}; put the plan back that they were run by")
         before = load_plan(file, self.plan.data)
-        fixed: tuple[tuple[str, tuple[Any, ...], tuple[Any, ...]], ...] = (
-            ("comparisons", _family(before), _family(self.plan)),
-            ("measure", (before.measure,), (self.plan.measure,)),
-            ("search_seeds", before.protocol.search_seeds, self.plan.protocol.search_seeds),
-            ("final_seeds", before.protocol.final_seeds, self.plan.protocol.final_seeds),
-        )
-        for name, had, has in fixed:
+        for name, has in self.plan.fixed.items():
+            had = before.fixed[name]
             if had != has:
                 raise StateError(
                     f"the folder has final runs, after which a plan keeps its {name} (got {_changes(had, has)} "
                     f"in {str(self.out)!r}); give the plan that lies in it ({PLAN}), or choose another --out"
                 )
-
-
-def _family(plan: Plan) -> tuple[str, ...]:
-    return tuple(sorted(f"{method} - {baseline}" for method, baseline in plan.comparisons))
 
 
 def _changes(had: tuple[Any, ...], has: tuple[Any, ...]) -> str:
