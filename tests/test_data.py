@@ -42,7 +42,7 @@ def test_formats(tmp_path: Path, name: str) -> None:
         write(path, "text,label\n" + "".join(f"{row['text']},{row['label']}\n" for row in ROWS))
     else:
         write(path, LINES if "jsonl" in name else json.dumps(ROWS))
-    rows = data.read_rows(path)
+    rows = data.read_rows(path, "label")
     assert [{k: v for k, v in row.items() if k != "__line__"} for row in rows] == ROWS
     assert rows[0]["__line__"] == (2 if ".csv" in name else 1)
 
@@ -272,8 +272,13 @@ def test_tables_and_curves(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_csv_numbers(tmp_path: Path) -> None:
+def test_cells_of_csv_are_text_and_labels_what_they_look_like(tmp_path: Path) -> None:
     path = tmp_path / "n.csv"
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["text", "label"], ["a, b", "1"], ["c", "-2"], ["d", "0.5"]])
-    assert [row["label"] for row in data.read_rows(path)] == [1, -2, "0.5"]
+        csv.writer(file).writerows(
+            [["text", "label"], ["42", "1"], ["c", "-2"], ["d", "0.5"], ["e", "1.2.3"], ["f", "no"]]
+        )
+    rows = data.read_rows(path, "label")
+    assert [row["label"] for row in rows] == [1, -2, 0.5, "1.2.3", "no"]
+    assert rows[0]["text"] == "42"
+    assert data.read_rows(path)[0]["label"] == "1"

@@ -215,6 +215,12 @@ def test_collators_that_flatten_and_numbers_by_token() -> None:
     features = [{"input_ids": [5, 6, 7], "sample_id": 4}, {"input_ids": [8], "sample_id": 9}]
     assert flat(features)["sample_id"].tolist() == [[4, 4, 4, 9]]
     assert "sample_position" not in flat(features)
+    twice = flat([features[0], {**features[1], "sample_id": 4}])  # an example that was drawn again, beside itself
+    assert twice["sample_id"].tolist() == [[4, 4, 4, 4]]
+    assert twice["sample_position"].tolist() == [[0, 1, 2, 0]]
+    bare = SampleIdCollator(tf.DataCollatorWithFlattening(), required=False)
+    assert "sample_id" not in bare([{"input_ids": [5]}, {"input_ids": [6]}])
+    assert bare(features)["sample_id"].tolist() == [[4, 4, 4, 9]]
 
     def padded(side: str) -> Any:
         def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -271,6 +277,23 @@ def test_packed_rows_in_the_plain_trainer(tmp_path: Path) -> None:
         found.append((masks, cases.logged(run)))
     assert cases.same(found[0][0], found[1][0])
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+
+
+def test_rows_with_an_id_a_token_are_evaluated_too(tmp_path: Path) -> None:
+    rows = [{"input_ids": ids, "labels": ids, "sample_id": [n] * len(ids)} for n, ids in enumerate(([5, 6, 7], [8, 9]))]
+    bare = [{name: value for name, value in row.items() if name != "sample_id"} for row in rows]
+    run = hk.HiddenKeyTrainer(
+        model=cases.build(),
+        args=tf.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True),
+        train_dataset=rows,
+        eval_dataset={"rows": rows, "bare": bare},
+        data_collator=tf.DataCollatorForSeq2Seq(cases.tokenizer(), label_pad_token_id=-100),
+        config=cases.CONFIG,
+        stock_dropout="off",
+    )
+    found = run.evaluate()
+    assert found["eval_rows_loss"] == found["eval_bare_loss"]
+    assert run.predict(rows).metrics["test_loss"] == found["eval_rows_loss"]
 
 
 def test_an_encoders_rows_are_not_packed_without_a_mask_of_ones_own(tmp_path: Path) -> None:

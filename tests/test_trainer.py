@@ -192,7 +192,11 @@ def test_a_checkpoint_that_a_kill_left_torn_is_passed_over(tmp_path: Path) -> No
     saved = {"save_strategy": "steps", "save_steps": 2}
     whole = trainer(tmp_path, rows("bert"), max_steps=4, **saved)
     whole.train()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text("")
+    with pytest.warns(UserWarning, match=r"without a whole trainer_state.json\); going on from checkpoint-2"):
+        trainer(tmp_path, rows("bert"), max_steps=2).train(resume_from_checkpoint=True)
+    state.unlink()
     again = trainer(tmp_path, rows("bert"), max_steps=4, **saved)
     with pytest.warns(UserWarning, match=r"checkpoint-4' without trainer_state.json\); going on from checkpoint-2"):
         again.train(resume_from_checkpoint=True)

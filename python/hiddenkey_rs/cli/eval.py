@@ -37,6 +37,13 @@ def main(options: argparse.Namespace) -> int:
     """Evaluate and print a table beside what training wrote; or generate and print the scores."""
     from ..experiments import folder
 
+    if not options.generate:
+        given = next((name for name in ("limit", *_DECODING) if getattr(options, name) is not None), None)
+        if given is not None:
+            flag = given.replace("_", "-")
+            raise ConfigError(
+                f"--{flag} is about generated texts (got it without --generate); give --generate test or dev"
+            )
     found = _generated(options) if options.generate else _evaluated(Path(options.run))
     if options.json:
         folder.write_json(Path(options.json), found)

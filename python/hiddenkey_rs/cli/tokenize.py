@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--task", choices=list(TASKS), metavar="TASK", help=f"a named task: {', '.join(TASKS)}")
     source.add_argument("--dataset", metavar="NAME", help="own data by its name in the datasets library")
     parser.add_argument("--data", metavar="FOLDER", help="folder that holds the task folders")
-    parser.add_argument("--split", default="train", metavar="SPLIT", help="of a task or data set (default: train)")
+    parser.add_argument("--split", metavar="SPLIT", help="of a task or data set (default: train)")
     parser.add_argument("--dataset-config", metavar="NAME", help="configuration name of --dataset")
     parser.add_argument("--text-fields", nargs="+", metavar="FIELD", help="one text field or a pair (default: text)")
     parser.add_argument("--label-field", metavar="FIELD", help="a number an example, kept as labels")
@@ -74,6 +74,13 @@ def _source(options: argparse.Namespace) -> tuple[Any, tuple[str, ...], str | No
     from ..experiments import data, demo_data
     from ..experiments.tasks import TASKS
 
+    source = next(name for name in ("file", "task", "dataset") if getattr(options, name) is not None)
+    for name, owners in (("data", ("task",)), ("split", ("task", "dataset")), ("dataset_config", ("dataset",))):
+        if getattr(options, name) is not None and source not in owners:
+            flag, owned = name.replace("_", "-"), " or ".join(f"--{owner}" for owner in owners)
+            raise ConfigError(
+                f"--{flag} is of {owned} (got it beside --{source}, where it means nothing); leave it out"
+            )
     if options.task is None:
         fields = tuple(options.text_fields or ("text",))
         return _own(options), fields, options.label_field, options.target_field
@@ -89,10 +96,11 @@ def _source(options: argparse.Namespace) -> tuple[Any, tuple[str, ...], str | No
         )
     else:
         splits = data.task_splits(task, options.data)
-    rows = getattr(splits, options.split) if options.split in _SPLITS else None
+    split = options.split or "train"
+    rows = getattr(splits, split) if split in _SPLITS else None
     if rows is None:
         have = [name for name in _SPLITS if getattr(splits, name) is not None]
-        raise ConfigError(f"the task has no such split (got {options.split!r}); it has {', '.join(have)}")
+        raise ConfigError(f"the task has no such split (got {split!r}); it has {', '.join(have)}")
     options.max_length = task.max_length if options.max_length is None else options.max_length
     if task.kind == "lm":
         return rows, task.fields[:1], None, task.fields[1]
@@ -100,21 +108,15 @@ def _source(options: argparse.Namespace) -> tuple[Any, tuple[str, ...], str | No
 
 
 def _own(options: argparse.Namespace) -> Any:
-    from ..errors import DataError
     from ..experiments.data import read_rows
-    from ..experiments.extras import extra
+    from ..loading.arrow import load_hub
     from ..loading.stored import ARROW, PARQUET, read_file
 
     if options.file is not None:
         file = Path(options.file)
         # Tables are read column by column and a batch at a time; everything else is rows of Python objects.
-        return read_file(file)[0] if file.suffix in ARROW + PARQUET else read_rows(file)
-    try:
-        return extra("datasets").load_dataset(options.dataset, options.dataset_config, split=options.split)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"the data set cannot be loaded (got {options.dataset!r}: {error}); give a name that is reachable or cached"
-        ) from None
+        return read_file(file)[0] if file.suffix in ARROW + PARQUET else read_rows(file, options.label_field)
+    return load_hub(options.dataset, options.dataset_config, split=options.split or "train")
 
 
 def _report(store: TokenStore, reused: bool, seconds: float) -> list[str]:

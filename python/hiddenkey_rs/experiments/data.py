@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import DataError
+from ..loading.arrow import load_hub
 from .extras import extra
 from .tasks import Task
 
@@ -37,8 +38,10 @@ class Splits:
     labels: tuple[str, ...] = ()
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, label: str | None = None) -> list[Row]:
     """The rows of a JSON-lines, JSON, CSV or Parquet file, plain or gzip; each knows its place as ``__line__``.
+
+    CSV knows only text, so that is what its cells are; those of the column ``label`` are the numbers that they look like.
 
     Raises:
         DataError: missing, empty, truncated or malformed, with the file's name and the line.
@@ -58,6 +61,8 @@ def read_rows(path: str | Path) -> list[Row]:
             with _open(file) as text:
                 reader = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}[suffix]
                 for row in reader(text, file):
+                    if suffix == ".csv" and label in row:
+                        row[label] = _number(row[label])
                     rows.append(row)
     except EOFError:
         raise DataError(
@@ -101,24 +106,18 @@ def task_splits(task: Task, folder: str | Path) -> Splits:
 
 def file_splits(task: Task, train: str, dev: str | None, test: str | None, seed: int) -> Splits:
     """The user's own files. Without a development file a tenth of the training rows is held out, chosen by the seed."""
-    rows = checked(read_rows(train), task, train)
+    rows = checked(read_rows(train, task.label), task, train)
     if dev is not None:
-        held = checked(read_rows(dev), task, dev)
+        held = checked(read_rows(dev, task.label), task, dev)
     else:
         rows, held = hold_out(rows, seed, train)
-    splits = Splits(rows, held, checked(read_rows(test), task, test) if test else None)
+    splits = Splits(rows, held, checked(read_rows(test, task.label), task, test) if test else None)
     return with_label_numbers(splits, task)
 
 
 def hub_splits(task: Task, name: str, config: str | None, seed: int) -> Splits:
     """A data set of the ``datasets`` library, by hub name or local folder."""
-    try:
-        loaded = extra("datasets").load_dataset(name, config)
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise DataError(
-            f"the data set cannot be loaded (got {name!r}: {text}); give a folder, or a hub name that is reachable or cached"
-        ) from None
+    loaded = load_hub(name, config)
     if "train" not in loaded:
         raise DataError(f"the data set has no training split (got {name!r} with {', '.join(loaded)}); choose another")
     rows = {split: [{**row, "__line__": n} for n, row in enumerate(loaded[split])] for split in loaded}
@@ -166,6 +165,8 @@ def _check_label(row: Row, task: Task, place: str) -> None:
             )
     elif isinstance(label, float) and not label.is_integer():
         raise DataError(f"a class label is no class (got {label!r} in {place}); use --kind regression for numbers")
+    elif not isinstance(label, (str, int, float)):
+        raise DataError(f"a class label is neither word nor number (got {label!r} in {place}); see --label-field")
 
 
 def with_label_numbers(splits: Splits, task: Task) -> Splits:
@@ -258,13 +259,18 @@ def _csv(text: IO[str], file: Path) -> Iterator[Row]:
         if None in row or None in row.values():
             wanted = len(reader.fieldnames or [])
             raise DataError(f"a row has not {wanted} columns (got {str(file)!r}, line {reader.line_num}); mend it")
-        yield {**{name: _number(value) for name, value in row.items()}, "__line__": reader.line_num}
+        yield {**row, "__line__": reader.line_num}
 
 
 def _number(value: str) -> Any:
-    """CSV knows only text: whole numbers become integers, so that labels 0 and 1 are what they look like."""
     whole = value.isascii() and value.removeprefix("-").isdigit() and len(value) < 16
-    return int(value) if whole and str(int(value)) == value else value
+    if whole and str(int(value)) == value:
+        return int(value)
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return number if "." in value and math.isfinite(number) else value
 
 
 def _parquet(file: Path) -> list[Row]:

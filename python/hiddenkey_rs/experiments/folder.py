@@ -46,6 +46,7 @@ def write_json(path: Path, value: Any) -> None:
 def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a new folder, then put it in the old one's place."""
     fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    put_back(path)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     write(fresh)
@@ -53,6 +54,13 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
         path.rename(old)
     fresh.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(path: Path) -> Path:
+    """The folder of :func:`replace_folder`, also where a kill fell between the two renames: the new one was whole by then."""
+    if not path.exists() and path.with_name(f".{path.name}.old").is_dir():
+        path.with_name(f".{path.name}.new").rename(path)
+    return path
 
 
 @contextmanager

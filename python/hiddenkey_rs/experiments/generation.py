@@ -180,7 +180,7 @@ def generate_run(
 
     quiet_libraries()
     config = folder.load_config(out)
-    if not (out / folder.ADAPTER).is_dir():
+    if not folder.put_back(out / folder.ADAPTER).is_dir():
         raise ConfigError(f"the run has no adapter yet (got {str(out)!r}); let it finish an epoch")
     task, splits = load_splits(config)
     rows = {"dev": splits.dev, "test": splits.test}.get(split)

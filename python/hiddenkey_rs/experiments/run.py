@@ -98,6 +98,7 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
         elif watcher.first and checkpoint is not None:
             step = int(checkpoint.name.rpartition("-")[2])
             folder.keep_lines_to(out / folder.LOG, step, evaluated=state.evaluated(step))
+            folder.keep_lines_to(out / folder.MASKS, step - 1, evaluated=True)  # steps count from 0 there
         try:
             with interruptible() as watcher.check_interrupt:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -166,7 +167,7 @@ def _all_rows(config: RunConfig) -> tuple[Task, Splits]:
 def evaluate_run(out: Path) -> dict[str, Any]:
     """Development and test figures of a run's adapter, computed anew from its folder."""
     config = folder.load_config(out)
-    if not (out / folder.ADAPTER).is_dir():
+    if not folder.put_back(out / folder.ADAPTER).is_dir():
         raise ConfigError(f"the run has no adapter yet (got {str(out)!r}); let it finish an epoch")
     settle(config.threads)
     prepared = prepare(config)

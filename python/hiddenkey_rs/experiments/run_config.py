@@ -83,7 +83,7 @@ class RunConfig(Serialisable):
     weight_decay: float = _choice(0.1, "AdamW's weight decay")
     label_smoothing: float = _choice(0.0, "label smoothing of the task loss")
     epochs: int = _choice(5, "passes over the training set")
-    max_steps: int | None = _choice(None, "stop after this many optimiser steps")
+    max_steps: int | None = _choice(None, "optimiser steps, in place of --epochs")
     batch_size: int = _choice(32, "rows of a micro-batch, on each process")
     accumulation: int = _choice(1, "micro-batches of an optimiser step, on each process")
     token_budget: int | None = _choice(None, "padded tokens of an optimiser step over all processes, in place of rows")
@@ -98,7 +98,7 @@ class RunConfig(Serialisable):
     dev_rows: int | None = _choice(None, "development rows to evaluate (default: all)")
     log_every: int = _choice(10, "optimiser steps between log lines")
     save_steps: int | None = _choice(None, "optimiser steps between checkpoints (default: one an epoch)")
-    log_masks: int = _choice(0, "write the digests of the first N optimiser steps' masks to masks.jsonl")
+    log_masks: int = _choice(0, "write the digests of the masks of the first N logged steps to masks.jsonl")
     threads: int | None = _choice(None, "CPU threads of torch (default: torch's own)")
     out: str = _choice("runs/run", "the run's folder")
 
@@ -113,6 +113,11 @@ class RunConfig(Serialisable):
         for name in ("train_size", "max_steps", "max_length", "dev_rows", "save_steps", "threads", "token_budget"):
             if getattr(self, name) is not None:
                 self._positive(name)
+        for name in ("train_eval_rows", "log_masks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"{name} must be at least 0 (got {getattr(self, name)!r}); mend --{name.replace('_', '-')}"
+                )
         if self.token_budget is not None and self.loader == "stock":
             raise ConfigError(
                 f"the stock loader makes batches of rows (got token_budget={self.token_budget}); use --loader hiddenkey"
@@ -135,6 +140,16 @@ class RunConfig(Serialisable):
         if len(sources) != 1:
             raise ConfigError(
                 f"exactly one source of data is needed (got {sources or None}); give --task, --train-file or --dataset"
+            )
+        for name, owner in _OF_SOURCE.items():
+            if getattr(self, name) != _DEFAULTS[name] and sources[0] not in owner:
+                raise ConfigError(
+                    f"{name} is of {' or '.join(owner)} (got {name}={getattr(self, name)!r} beside "
+                    f"{sources[0]}={getattr(self, sources[0])!r}), and would be ignored; leave one of the two out"
+                )
+        if self.label_smoothing and (self.kind if self.task is None else TASKS[self.task].kind) == "regression":
+            raise ConfigError(
+                f"labels that are numbers cannot be smoothed (got label_smoothing={self.label_smoothing}); leave it out"
             )
         if self.task is None and self.kind == "lm" and len(self.text_fields) != 2:
             raise ConfigError(
@@ -221,9 +236,28 @@ class RunConfig(Serialisable):
         given = {name: value for name, value in overrides.items() if value is not None}
         if not given:
             return base
-        return replace(base, **given) if base is not None else kind(**given)
+        if base is not None:
+            return replace(base, **given)
+        if not given.keys() & _MAKING:
+            name, value = next(iter(given.items()))
+            raise ConfigError(
+                f"there is no {kind.__name__} to change (got {name}={value!r}); give its rate or pattern (a consistency term's "
+                "kind) as well, or leave it out"
+            )
+        return kind(**given)
 
 
+_MAKING = {"rate", "pattern", "position", "kind"}
+"""What switches a part on that the preset has not; everything else changes one that is there."""
+_OWN = ("train_file", "dataset")
+_OF_SOURCE = {
+    "dev_file": ("train_file",),
+    "test_file": ("train_file",),
+    "dataset_config": ("dataset",),
+    "kind": _OWN,
+    "text_fields": _OWN,
+    "label_field": _OWN,
+}
 _SPOKEN = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -251,3 +285,6 @@ def _pattern(text: str) -> tuple[str, float]:
         return pattern, float(rate) if equals else float("nan")
     except ValueError:
         raise ConfigError(f"a rate pattern is written REGEX=RATE (got {text!r}); for example layer.3=0.2") from None
+
+
+_DEFAULTS = {item.name: item.default for item in fields(RunConfig)}

@@ -79,6 +79,7 @@ class Watcher(TrainerCallback):
         """Start the clock and the progress line."""
         self.progress = Progress(state.max_steps, state.global_step) if self.first else None
         self.clock = time.perf_counter()
+        self.masks_left = max(0, self.masks_left - -(-state.global_step // args.logging_steps))
         # A checkpoint of an epoch's last step is written before the epoch's end, and the Trainer goes on behind it.
         if state.global_step and float(state.epoch).is_integer() and not self.run.evaluated(state.global_step):
             self.on_epoch_end(args, state, control)
@@ -114,6 +115,8 @@ class Watcher(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, and keep the adapter if it is the best so far."""
+        if self.run.evaluated(state.global_step):  # resumed where it had ended
+            return
         self.run.training_seconds += time.perf_counter() - self.clock
         found = self.evaluation()
         for rows, figures in found.items():

@@ -32,6 +32,18 @@ def arrow(module: str = "pyarrow") -> Any:
         ) from None
 
 
+def load_hub(name: str, *which: Any, **how: Any) -> Any:
+    """A data set of the ``datasets`` library, by hub name or local folder, or a :class:`DataError`."""
+    datasets = arrow("datasets")
+    try:
+        return datasets.load_dataset(name, *which, **how)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        text = " ".join(str(error).split())
+        raise DataError(
+            f"the data set cannot be loaded (got {name!r}: {text}); give a folder, or a hub name that is reachable or cached"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Flat:
     """A list column laid flat: row k is ``values[offsets[k]:offsets[k + 1]]``.

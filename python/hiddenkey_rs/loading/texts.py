@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .arrow import Array, arrow, dataset_table
+from .arrow import Array, dataset_table, load_hub
 from .stored import ARROW, PARQUET, read_file
 
 BATCH = 1000
@@ -171,13 +171,7 @@ def _loaded(data: str | os.PathLike[str]) -> Any:
         raise DataError(
             f"such a file is not read here (got {str(file)!r}); give Parquet or Arrow, or its rows as a list of dicts"
         )
-    try:
-        return arrow("datasets").load_dataset(data, split="train")
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise DataError(
-            f"the data set cannot be loaded (got {data!r}: {text}); give a file, or a name that is reachable or cached"
-        ) from None
+    return load_hub(data, split="train")
 
 
 def _checked_texts(values: list[Any], name: str, batch: TextBatch) -> list[str]:

@@ -66,7 +66,14 @@ def checked_checkpoint(
 
 
 def _missing(folder: Path) -> list[str]:
-    return [name for name, pattern in _STATE.items() if not any(folder.glob(pattern))]
+    found = [name for name, pattern in _STATE.items() if not any(folder.glob(pattern))]
+    state = "trainer_state.json"
+    if state not in found:
+        try:  # transformers writes it last, and in its place
+            json.loads((folder / state).read_text(encoding="utf-8"))
+        except ValueError:
+            found.append(f"a whole {state}")
+    return found
 
 
 def _last_whole(output_dir: str) -> Path:
@@ -102,6 +109,19 @@ def check_data(folder: str, parts: Mapping[str, str]) -> None:
         raise StateError(
             f"the checkpoint was trained with another {changed} (got {saved[changed]} there and {parts[changed]} here), so that "
             "going on would train something else; give what it was trained with, or train anew"
+        )
+
+
+def check_place(folder: str, epoch: float) -> None:
+    """A :class:`StateError` inside an epoch but the first of rows that are grouped by length.
+
+    transformers draws their order from the generator that the epochs before have used, and draws it anew before it has put
+    that generator back: other rows would be skipped than were seen.
+    """
+    if epoch > 1 and not epoch.is_integer():
+        raise StateError(
+            f"the stock loader cannot find its place among rows that are grouped by length (got {folder!r} in the middle of "
+            f"epoch {int(epoch) + 1}); resume at an epoch's end, or train with loader='hiddenkey', which sorts by length, too"
         )
 
 

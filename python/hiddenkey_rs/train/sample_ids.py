@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class SampleIdCollator:
 
     ``sample_id`` is (B,) int64. It is (B, L), -1 at padding, where rows hold several examples: because a feature brings
     one id a token, or because the collator lays examples one behind the other (``position_ids`` and no
-    ``attention_mask``). ``sample_position``, (B, L) int64, stands beside it where features bring it.
+    ``attention_mask``). ``sample_position``, (B, L) int64, stands beside it where features bring it, or where it alone tells
+    two examples of one id apart. ``required``: whether examples without an id are an error, or left to the collator.
 
     Example:
         >>> def flat(features):
@@ -62,12 +63,14 @@ class SampleIdCollator:
         tensor([[4, 4, 9]])
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]) -> None:
-        self.collator = collator
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]], required: bool = True) -> None:
+        self.collator, self.required = collator, required
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """The inner collator's batch with ``sample_id`` beside it."""
         missing = [number for number, feature in enumerate(features) if SAMPLE_ID not in feature]
+        if missing and not self.required:
+            return dict(self.collator(features))
         if missing:
             raise DataError(
                 f"an example has no sample id (got fields {', '.join(map(str, features[missing[0]]))}); give an iterable "
@@ -86,6 +89,9 @@ class SampleIdCollator:
         batch[SAMPLE_ID] = _lay(spread, batch, SAMPLE_ID)
         if all(SAMPLE_POSITION in feature for feature in features):
             batch[SAMPLE_POSITION] = _lay([feature[SAMPLE_POSITION] for feature in features], batch, SAMPLE_POSITION)
+        elif any(len(one) and len(other) and one[-1] == other[0] for one, other in pairwise(spread)):
+            # Two examples of one id side by side: only their positions tell where the second begins.
+            batch[SAMPLE_POSITION] = _lay([_counted(part) for part in spread], batch, SAMPLE_POSITION)
         return batch
 
 
@@ -95,6 +101,11 @@ _OWN = (SAMPLE_ID, SAMPLE_POSITION)
 def _flattened(batch: Mapping[str, Any]) -> bool:
     """Whether the collator laid its examples one behind the other, as padding-free training wants them."""
     return batch.get("attention_mask") is None and batch.get("position_ids") is not None
+
+
+def _counted(ids: Sequence[int]) -> list[int]:
+    """Every token's place in its run of equal ids."""
+    return [place for _, run in groupby(ids) for place, _ in enumerate(run)]
 
 
 def _lay(parts: Sequence[Any], batch: Mapping[str, Any], name: str) -> Tensor:

@@ -83,11 +83,11 @@ class StoreCollator:
         return cls(rows, collator)
 
     @staticmethod
-    def with_ids(collator: Any) -> Any:
-        """``collator`` with sample ids carried around what it makes of examples."""
+    def with_ids(collator: Any, required: bool = True) -> Any:
+        """``collator`` with sample ids carried around what it makes of examples, which must have some if ``required``."""
         if isinstance(collator, StoreCollator):
-            return StoreCollator(collator.rows, SampleIdCollator(collator.examples))
-        return SampleIdCollator(collator)
+            return StoreCollator(collator.rows, SampleIdCollator(collator.examples, required))
+        return SampleIdCollator(collator, required)
 
 
 def _sets(evaluated: Any) -> list[Any]:

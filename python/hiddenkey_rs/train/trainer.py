@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from ..loading.planned import check_split
 from . import ranks
 from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, stream_of, streaming
-from .resume import check_data, checked_checkpoint, save_data, warn_about_generators
+from .resume import check_data, check_place, checked_checkpoint, save_data, warn_about_generators
 from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
 from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
@@ -144,12 +145,8 @@ class HiddenKeyTrainerMixin(_Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's loader, with sample ids carried around its collator, and its batches or ours."""
-        collator = self.data_collator
-        self.data_collator = StoreCollator.with_ids(collator)
-        try:
+        with self._carrying_ids():
             loader = super().get_train_dataloader()
-        finally:
-            self.data_collator = collator
         with ranks.together():
             if self._loader is not None:
                 self._stream = stream_of(self, self._loader)
@@ -158,6 +155,25 @@ class HiddenKeyTrainerMixin(_Trainer):
                 loader = streaming(loader, self._stream)
         self._compare_ranks(loader)
         return loader
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's loader. Rows of one id a token, which no other collator pads, are for evaluation, too."""
+        with self._carrying_ids(required=False):
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`get_eval_dataloader`."""
+        with self._carrying_ids(required=False):
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _carrying_ids(self, required: bool = True) -> Iterator[None]:
+        collator = self.data_collator
+        self.data_collator = StoreCollator.with_ids(collator, required)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, StoreCollator):  # a store holds nothing that a batch does not
@@ -187,6 +203,11 @@ class HiddenKeyTrainerMixin(_Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one optimiser step, and how many rows of all of them carry loss (on every rank)."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # resumed at its end, where the Trainer would do one step more
+            self.control.should_training_stop = True
+            return [], None
         # Not the Trainer's own way: it asks the other ranks only where there is a batch, so one without would hang.
         batches = list(islice(epoch_iterator, num_batches))
         counts = [self.handle.count_items(batch) for batch in batches if targets(batch) is not None]
@@ -273,10 +294,10 @@ class HiddenKeyTrainerMixin(_Trainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             self.handle.config.save_pretrained(folder)
+            if _internal_call:
+                save_data(folder, self._data)
             if _internal_call and self._stream is not None:
                 self._stream.save(folder)
-            elif _internal_call:
-                save_data(folder, self._data)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's train. Resuming needs a whole checkpoint of the same config, else a :class:`StateError`."""
@@ -294,9 +315,12 @@ class HiddenKeyTrainerMixin(_Trainer):
 
     @cached_property
     def _data(self) -> dict[str, str]:
-        """What fixes the stock loader's order: rows, seed, rows a step. Worked out once a training."""
+        """The rows, and what fixes the stock loader's order: seed, rows a step. Worked out once a training."""
         arguments: Any = self.args
         found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))
+        if self._loader is not None:  # whose own state has the rest
+            return found
+        found["train_sampling_strategy"] = _strategy(arguments)
         found["order's seed"] = str(arguments.seed if arguments.data_seed is None else arguments.data_seed)
         if not arguments.auto_find_batch_size:
             found["number of rows a step"] = str(
@@ -307,11 +331,13 @@ class HiddenKeyTrainerMixin(_Trainer):
     def _resumed(self, checkpoint: str | bool) -> str:
         folder = self.args.output_dir
         found = checked_checkpoint(checkpoint, folder, self.handle.config, streamed=self._loader is not None)
-        if self._loader is None:
-            check_data(found, self._data)
+        check_data(found, self._data)
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
-        self._begin = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json")).global_step
+        state = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json"))
+        if self._loader is None and not self.args.ignore_data_skip and _strategy(self.args) == "group_by_length":
+            check_place(found, float(state.epoch or 0))
+        self._begin = state.global_step
         return found
 
 
@@ -322,6 +348,11 @@ class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
 def logged_rates(logs: Mapping[str, Any]) -> dict[str, float]:
     """Measured rate by site, of logs that have any."""
     return {name.removeprefix(_RATE): value for name, value in logs.items() if name.startswith(_RATE)}
+
+
+def _strategy(arguments: Any) -> str:
+    """How the stock loader draws rows."""
+    return str(getattr(arguments, "train_sampling_strategy", "random"))
 
 
 def _released(model: Any) -> Handle | None:

@@ -62,7 +62,8 @@ def page(studies: Sequence[tuple[str, Sequence[Section]]], folder: Path) -> str:
     """The page. ``studies``: (name, sections) each, the first section being the outcome. ``folder``: of the pictures."""
     outcomes = [str(block) for _, sections in studies for block in sections[0].blocks]
     title = f"hiddenkey: {', '.join(name for name, _ in studies)}"
-    links, body = [], []
+    links: list[str] = []
+    body: list[str] = []
     for name, sections in studies:
         for section in sections[1:]:
             anchor = (
