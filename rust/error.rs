@@ -17,6 +17,13 @@ pub enum Error {
         /// The largest that is allowed.
         most: u64,
     },
+    /// An integer that counts is below 0.
+    Negative {
+        /// What the value is.
+        name: &'static str,
+        /// The value.
+        value: i64,
+    },
     /// A rate is no number in [0, 1].
     Rate(f64),
     /// A scale is no finite number above 0.
@@ -98,6 +105,17 @@ pub enum Error {
         /// How many values there are.
         values: usize,
     },
+    /// A piece that lies outside its row.
+    Piece {
+        /// The row.
+        row: i64,
+        /// Where the piece starts.
+        start: i64,
+        /// Where it ends.
+        end: i64,
+        /// The row's length.
+        length: usize,
+    },
     /// A token id that the model does not know.
     Token {
         /// The row that holds it.
@@ -122,6 +140,9 @@ impl fmt::Display for Error {
         match self {
             Error::Range { name, value, most } => {
                 write!(f, "{name} must lie in 0..={most} (got {value}); stay within its limits")
+            }
+            Error::Negative { name, value } => {
+                write!(f, "{name} must be at least 0 (got {value}); count from 0")
             }
             Error::Rate(rate) => write!(f, "rate must be a number in [0, 1] (got {rate}); 0 drops nothing"),
             Error::Scale(scale) => write!(f, "scale must be a finite number above 0 (got {scale}); 1 rescales nothing"),
@@ -168,6 +189,11 @@ impl fmt::Display for Error {
                     "there is no such row (got {row}, the store has {rows}); pass 0..{rows}, or -1 for a padding row"
                 )
             }
+            Error::Piece { row, start, end, length } => write!(
+                f,
+                "a piece lies outside its row (got tokens {start}..{end} of row {row}, which has {length}); pack this \
+                 store's own lengths"
+            ),
             Error::Offsets { row, start, end, values } => write!(
                 f,
                 "the offsets of row {row} go backwards or beyond the values (got {start}..{end} of {values}); rebuild the \
@@ -211,6 +237,11 @@ pub(crate) fn filled<T: Clone>(numbers: usize, value: T) -> Result<Vec<T>> {
 /// `value` if it is at most `most`.
 pub(crate) fn at_most(name: &'static str, value: u64, most: u64) -> Result<u64> {
     if value <= most { Ok(value) } else { Err(Error::Range { name, value, most }) }
+}
+
+/// `value` if it is 0 or more.
+pub(crate) fn not_negative(name: &'static str, value: i64) -> Result<u64> {
+    u64::try_from(value).map_err(|_| Error::Negative { name, value })
 }
 
 #[cfg(test)]
@@ -258,5 +289,7 @@ mod tests {
     fn at_most_includes_the_bound() {
         assert_eq!(at_most("x", 3, 3), Ok(3));
         assert_eq!(at_most("x", 4, 3), Err(Error::Range { name: "x", value: 4, most: 3 }));
+        assert_eq!(not_negative("x", 4), Ok(4));
+        assert_eq!(not_negative("x", -2), Err(Error::Negative { name: "x", value: -2 }));
     }
 }

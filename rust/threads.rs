@@ -13,6 +13,8 @@ pub const PIECE: usize = 1 << 17;
 const WORTH_WAKING: usize = 4;
 /// Fewer bytes than this are copied alone: two threads took 1.0 to 2.6 times as long for them beside torch.
 const WORTH_SHARING: usize = 4 << 20;
+/// More threads than this are nobody's wish.
+const MOST_THREADS: usize = 1024;
 /// How often a long call asks whether it should stop.
 const WATCH: Duration = Duration::from_millis(50);
 
@@ -23,7 +25,7 @@ pub struct Run<'a> {
     pub engine: Engine,
     /// The most threads to use, the calling one included.
     pub threads: usize,
-    /// Asked every 50 ms on the calling thread; `true` ends the call with [`Error::Interrupted`].
+    /// Asked on the calling thread between pieces of work, 50 ms apart or more; `true` ends the call with [`Error::Interrupted`].
     pub interrupted: &'a dyn Fn() -> bool,
 }
 
@@ -34,13 +36,13 @@ impl Run<'static> {
     }
 }
 
-/// `RAYON_NUM_THREADS` if it is a number above 0, else the processors that affinity and control groups leave us. Found
-/// once: asking costs more than a small mask.
+/// `RAYON_NUM_THREADS` if it is a number above 0 (of more than 1024 that), else the processors that affinity and control
+/// groups leave us. Found once: asking costs more than a small mask.
 pub fn default_threads() -> usize {
     static FOUND: OnceLock<usize> = OnceLock::new();
     *FOUND.get_or_init(|| {
         let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
-        asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+        asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).min(MOST_THREADS)
     })
 }
 
@@ -83,7 +85,9 @@ impl Run<'_> {
         };
         let helpers = if count < WORTH_WAKING { 0 } else { self.threads.min(count).saturating_sub(1) };
         let mode = Mode::of_this_thread();
-        match pool(helpers) {
+        // The pool is made once, for calls of any size.
+        let ready = if helpers == 0 { None } else { pool(self.threads - 1) };
+        match ready {
             Some(pool) => pool.threads.in_place_scope(|scope| {
                 for lent in pool.lend(helpers) {
                     scope.spawn(move |_| {
@@ -132,30 +136,33 @@ static POOL: Mutex<Option<Arc<Pool>>> = Mutex::new(None);
 type Process = (u32, usize);
 
 static FORKS: AtomicUsize = AtomicUsize::new(0);
+/// How many threads can be had, as far as it was found out by failing.
+static HAD: AtomicUsize = AtomicUsize::new(MOST_THREADS);
 
 /// This process was just forked.
 pub fn forked() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// A pool of at least so many threads, or `None`: do the work alone.
+/// A pool of at least so many threads, or of as many as there are to be had; `None`: do the work alone.
 ///
 /// Rayon's global pool does not survive a fork. Ours is remade in the child, and its lock is never waited for: if the
 /// parent was copied while it held the lock, the child works alone.
 fn pool(helpers: usize) -> Option<Arc<Pool>> {
-    if helpers == 0 {
-        return None;
-    }
     let mut slot = POOL.try_lock().ok()?;
     let process = (std::process::id(), FORKS.load(Ordering::Relaxed));
     if let Some(inherited) = slot.take_if(|pool| pool.process != process) {
         std::mem::forget(inherited); // its threads do not exist here, so it must not wait for them
     }
-    if slot.as_ref().is_none_or(|pool| pool.helpers < helpers) {
+    let mut wanted = helpers.min(HAD.load(Ordering::Relaxed));
+    // Threads that cannot be had leave the pool that there is, and are not asked for again.
+    while wanted > slot.as_ref().map_or(0, |pool| pool.helpers) {
         let name = |index| format!("hiddenkey-{index}");
-        // Threads that cannot be had leave the pool that there is.
-        if let Ok(threads) = ThreadPoolBuilder::new().num_threads(helpers).thread_name(name).build() {
-            *slot = Some(Arc::new(Pool { process, helpers, threads, idle: AtomicUsize::new(helpers) }));
+        if let Ok(threads) = ThreadPoolBuilder::new().num_threads(wanted).thread_name(name).build() {
+            *slot = Some(Arc::new(Pool { process, helpers: wanted, threads, idle: AtomicUsize::new(wanted) }));
+        } else {
+            wanted /= 2;
+            HAD.store(wanted, Ordering::Relaxed);
         }
     }
     slot.clone()

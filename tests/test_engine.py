@@ -89,6 +89,18 @@ def test_an_unknown_instruction_set_is_an_error(name: str) -> None:
         assert done.returncode == 1
         assert f'ConfigError: HIDDENKEY_SIMD names no instruction set of this processor (got "{name}")' in done.stderr
     assert run(code, HIDDENKEY_SIMD="").returncode == 0, "empty is unset"
+    done = run(code, HIDDENKEY_SIMD="\udcff")  # a byte that is no UTF-8
+    assert "ConfigError: HIDDENKEY_SIMD names no instruction set" in done.stderr
+
+
+def test_memory_that_is_in_use_is_not_written_to() -> None:
+    hidden = np.ones((4, 3), dtype=np.float32)
+    with pytest.raises(DataError, match=r"written to while it is in use .*memory of its own for the result"):
+        masks.drop_rows(np.ones(4, dtype=bool), 1.0, hidden, hidden)
+    fixed = np.ones((4, 3), dtype=np.float32)
+    fixed.flags.writeable = False
+    with pytest.raises(DataError, match="memory that is only for reading"):
+        masks.drop_rows(np.ones(4, dtype=bool), 1.0, hidden, fixed)
 
 
 @pytest.fixture
@@ -119,7 +131,7 @@ def test_rayons_variable_is_honoured() -> None:
     code = "import hiddenkey_rs as hk; print(hk.get_num_threads())"
     default = run(code).stdout
     assert 1 <= int(default) <= (os.cpu_count() or 1)
-    for asked, given in (("3", "3\n"), ("1", "1\n"), ("0", default), ("many", default)):
+    for asked, given in (("3", "3\n"), ("1", "1\n"), ("0", default), ("many", default), ("5000", "1024\n")):
         assert run(code, RAYON_NUM_THREADS=asked).stdout == given, asked
 
 

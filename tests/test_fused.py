@@ -124,8 +124,10 @@ def test_bad_input_is_refused() -> None:
         ops.drop_elements(hidden, keys, samples[1:], positions, 1, 1.0)
     with pytest.raises(ConfigError, match="disagree"):
         ops.drop_elements(hidden, keys[:, :1], samples, positions, 1, 1.0)
-    with pytest.raises(DataError, match="sample must lie in"):
+    with pytest.raises(DataError, match=r"sample must be at least 0 \(got -6\)"):
         ops.drop_elements(hidden, keys, samples - 5, positions, 1, 1.0)
+    with pytest.raises(DataError, match=r"position must be at least 0 \(got -1\)"):
+        ops.drop_elements(hidden, keys, samples.clamp(min=0), positions - positions.max() - 1, 1, 1.0)
     with pytest.raises(DataError, match="position must lie in"):
         ops.drop_elements(hidden, keys, samples.clamp(min=0), positions + (1 << 20), 1, 1.0)
     with pytest.raises(ConfigError, match="scale must be a finite number above 0"):

@@ -6,7 +6,6 @@ Stream ``hk1``: the counter table is in DESIGN.md.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,9 +34,6 @@ SITES = {
     "adapter-rank": 9,
 }
 """Places that draw masks, and their codes in the stream. The plain names are the only stack's or the encoder's."""
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork, and a child may get a number that its parent had
-    os.register_at_fork(after_in_child=_core.forked)
 
 _WORD, _BOOL = np.dtype(np.uint32), np.dtype(np.bool_)
 _SIGNED, _UNSIGNED = np.dtype(np.int64), np.dtype(np.uint64)

@@ -104,6 +104,7 @@ pub fn block<T: Copy + Default + Send + Sync>(
     memory(out.len(), &[examples, heads, height, width])?;
     memory(empty.len(), &[examples, heads, height])?;
     let (kept, without) = (AtomicU64::new(0), AtomicU64::new(0));
+    let pieces = out.len().div_ceil(PIECE).min(examples * heads);
     // A head is a task even where there are no keys to write: its rows are then all empty.
     let mut rest = out;
     let tasks = empty.chunks_mut(height.max(1)).enumerate().map(|(index, empty)| {
@@ -111,7 +112,7 @@ pub fn block<T: Copy + Default + Send + Sync>(
         rest = others;
         (index / heads, index % heads, mine, empty)
     });
-    run.for_each(tasks, examples * heads, |(example, head, out, empty)| {
+    run.for_each(tasks, pieces, |(example, head, out, empty)| {
         let counts = block.head(example, head, forbidden, out, empty);
         kept.fetch_add(counts.kept, Ordering::Relaxed);
         without.fetch_add(counts.empty, Ordering::Relaxed);

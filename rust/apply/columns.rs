@@ -56,7 +56,7 @@ impl Kept<'_> {
         let wanted = |&n: &u32| product(&[layout.heads, n as usize, layout.features]);
         memory(short, self.places.iter().map(wanted).fold(0, u128::saturating_add))?;
         for (head, keep) in self.keep.chunks_exact(layout.length.max(1)).enumerate() {
-            let count = keep.iter().map(|&bit| u64::from(bit)).sum();
+            let count = keep.iter().filter(|&&bit| bit != 0).count() as u64;
             at_most("kept rows", count, u64::from(self.places[head / layout.heads]))?;
         }
         Ok(self.places.iter().map(|&n| n as usize * layout.heads * layout.features).collect())
@@ -114,12 +114,18 @@ pub fn scatter<T: Copy + Default + Send + Sync>(
     }
     let starts: Vec<usize> = sizes.iter().scan(0, |at, &size| Some(std::mem::replace(at, *at + size))).collect();
     let features = layout.features;
-    run.for_each(long.chunks_mut(layout.example()).enumerate(), layout.batch, |(example, long)| {
-        let short = &short[starts[example]..][..sizes[example]];
+    // A head is a task where its rows lie together, else all heads of an example are one.
+    let together = if layout.heads_inside { layout.heads } else { 1 };
+    let tasks = long.len() / (together * layout.length * features);
+    let run = run.worth(size_of_val(long));
+    run.for_each(long.chunks_mut(together * layout.length * features).enumerate(), tasks, |(index, long)| {
+        let (example, first) = (index * together / layout.heads, index * together % layout.heads);
+        let size = sizes[example] / layout.heads;
         long.fill(T::default());
-        for (head, short) in short.chunks_exact((sizes[example] / layout.heads).max(1)).enumerate() {
+        for head in first..first + together {
+            let short = &short[starts[example] + head * size..][..size];
             for (row, place) in kept.rows(layout, example, head).zip(short.chunks_exact(features)) {
-                long[layout.row(head, row)..][..features].copy_from_slice(place);
+                long[layout.row(head - first, row)..][..features].copy_from_slice(place);
             }
         }
     })

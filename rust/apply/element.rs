@@ -95,7 +95,7 @@ mod tests {
             let (rows, mut out) = (Rows { samples, positions }, vec![0.0; places]);
             element(&run, SiteKey([0, 0]), rows, 5, 1.0, &[1.0f32; 4], &mut out).unwrap_err().to_string()
         };
-        assert!(attempt(&[-2, 0], &[0, 0], 4).starts_with("sample must lie in"));
+        assert!(attempt(&[-2, 0], &[0, 0], 4).starts_with("sample must be at least 0 (got -2)"));
         assert!(attempt(&[1, 0], &[0, 1 << 20], 4).starts_with("position must lie in"));
         assert!(attempt(&[1, 0], &[0], 4).contains("got room for 1"));
         assert!(attempt(&[1, 0, 2], &[0, 0, 0], 4).contains("got room for 4"));

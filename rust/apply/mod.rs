@@ -11,7 +11,7 @@ pub use columns::{Kept, Layout, gather, scatter};
 pub use element::element;
 pub use rows::rows;
 
-use crate::error::{Error, Result, at_most};
+use crate::error::{Error, Result, at_most, not_negative};
 use crate::rng::stream::{MAX_EXTENT, MAX_SAMPLE};
 
 /// Which mask row each row of hidden states is.
@@ -31,8 +31,8 @@ impl Rows<'_> {
         }
         for (&sample, &position) in self.samples.iter().zip(self.positions) {
             if sample != -1 {
-                at_most("sample", sample as u64, MAX_SAMPLE)?;
-                at_most("position", position as u64, MAX_EXTENT - 1)?;
+                at_most("sample", not_negative("sample", sample)?, MAX_SAMPLE)?;
+                at_most("position", not_negative("position", position)?, MAX_EXTENT - 1)?;
             }
         }
         Ok(self.samples.len())

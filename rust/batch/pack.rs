@@ -148,7 +148,7 @@ fn sort<L: Length>(
     for (document, length) in lengths.iter().enumerate() {
         let (whole, rest) = pieces(length.wide() as u64, capacity, too_long);
         for piece in 0..whole {
-            // One document may be billions of pieces.
+            // One document may be hundreds of millions of pieces.
             if piece as usize % WATCH == WATCH - 1 {
                 stop(run)?;
             }

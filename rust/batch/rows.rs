@@ -99,7 +99,7 @@ impl Documents<'_> {
             let range = self.range(row)?;
             let end = start.saturating_add(length);
             if start < 0 || length < 0 || end > range.len() as i64 {
-                return Err(Error::Offsets { row, start, end, values: range.len() });
+                return Err(Error::Piece { row, start, end, length: range.len() });
             }
             Ok(Piece { row, start: range.start + start as usize, length: length as usize })
         };
@@ -172,7 +172,7 @@ mod tests {
                 match documents.cut(&[0], &[start], &[length]) {
                     Ok(found) => prop_assert!(inside && found == [expected]),
                     Err(error) => {
-                        let named = matches!(error, Error::Offsets { row: 0, .. });
+                        let named = matches!(error, Error::Piece { row: 0, .. });
                         prop_assert!(!inside && named);
                     }
                 }

@@ -1,6 +1,6 @@
 //! Masks: packed bits of the three patterns. 1 = keep. `bits` knows packing and no pattern, a pattern no packing.
 //!
-//! Nothing here allocates a mask: callers hand in the memory, and get an error before any of it is written.
+//! Nothing here allocates a mask: callers hand in the memory, and learn what is wrong before any of it is written.
 
 pub mod bits;
 pub mod column;

@@ -94,6 +94,7 @@ pub fn plan(
         }
     }
     let many = (PIECE / documents.columns.max(1)).max(1);
+    let decisions = 32 * words.len(); // a layer's mask is often too small to wake anybody for
     let (mut words, mut counts) = (words, counts);
     let mut tasks = Vec::with_capacity(entries.len());
     for entry in entries {
@@ -106,7 +107,7 @@ pub fn plan(
             (words, counts) = (rest, others);
         }
     }
-    let (engine, pieces) = (run.engine, tasks.len());
+    let (engine, pieces) = (run.engine, decisions.div_ceil(PIECE));
     run.for_each(tasks.into_iter(), pieces, |(entry, first, words, counts)| {
         draw(engine, (seed, step), entry, documents, first, words, counts);
     })

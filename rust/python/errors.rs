@@ -13,6 +13,7 @@ pub fn raise(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
         Error::Range { name: "sample" | "length" | "position" | "kept rows", .. }
+        | Error::Negative { .. }
         | Error::Lengths { .. }
         | Error::Words { .. }
         | Error::Empty
@@ -23,6 +24,7 @@ pub fn raise(error: Error) -> PyErr {
         | Error::TooLong { .. }
         | Error::Row { .. }
         | Error::Offsets { .. }
+        | Error::Piece { .. }
         | Error::Token { .. } => DataError::new_err(text),
         Error::Range { .. }
         | Error::Rate(_)

@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use numpy::ndarray::Dimension;
 use numpy::{
-    Element, PyArrayDescrMethods, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3,
-    PyReadonlyArray4, PyReadonlyArrayDyn, PyReadwriteArray, PyReadwriteArray1, PyReadwriteArray3, PyReadwriteArrayDyn,
-    PyUntypedArray, PyUntypedArrayMethods,
+    BorrowError, Element, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1,
+    PyReadonlyArray2, PyReadonlyArray3, PyReadonlyArray4, PyReadonlyArrayDyn, PyReadwriteArray, PyReadwriteArray1,
+    PyReadwriteArray3, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -81,6 +81,27 @@ fn unfit(got: &str) -> PyErr {
     ))
 }
 
+/// An array that no call writes to; a `DataError` where one does, or this one would.
+fn to_read<'py, T: Element>(array: &Bound<'py, PyUntypedArray>) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
+    array.cast::<PyArrayDyn<T>>()?.try_readonly().map_err(|_| in_use())
+}
+
+/// An array that no other call uses.
+fn to_write<'py, T: Element>(array: &Bound<'py, PyUntypedArray>) -> PyResult<PyReadwriteArrayDyn<'py, T>> {
+    match array.cast::<PyArrayDyn<T>>()?.try_readwrite() {
+        Ok(array) => Ok(array),
+        Err(BorrowError::NotWriteable) => Err(unfit("memory that is only for reading")),
+        Err(_) => Err(in_use()),
+    }
+}
+
+fn in_use() -> PyErr {
+    DataError::new_err(
+        "an array is written to while it is in use (got one array twice, or one that another thread works on); pass \
+         memory of its own for the result",
+    )
+}
+
 /// An array to write: packed words, or one byte a decision.
 enum Room<'py> {
     Words(PyReadwriteArrayDyn<'py, u32>),
@@ -91,9 +112,9 @@ enum Room<'py> {
 impl<'py> Room<'py> {
     fn of(array: &Bound<'py, PyUntypedArray>) -> PyResult<Self> {
         if array.dtype().itemsize() == 1 {
-            Ok(Room::Bytes(array.extract()?))
+            Ok(Room::Bytes(to_write(array)?))
         } else {
-            Ok(Room::Words(array.extract()?))
+            Ok(Room::Words(to_write(array)?))
         }
     }
 }
@@ -196,7 +217,7 @@ fn plan<'py>(
         let threshold = u32::try_from(threshold).unwrap_or(u32::MAX);
         Ok(Entry { layer, site, pattern: Planned::of(pattern)?, heads: heads as usize, threshold })
     };
-    let given = entries.as_array().ncols();
+    let given = entries.shape()[1];
     if given != 5 {
         return Err(raise(Error::Memory { given, wanted: 5 }));
     }
@@ -220,9 +241,9 @@ type Pair<'py> = (Bound<'py, PyUntypedArray>, Bound<'py, PyUntypedArray>);
 impl<'py> Hidden<'py> {
     fn of((from, to): &Pair<'py>) -> PyResult<Self> {
         if from.dtype().itemsize() == 2 {
-            Ok(Hidden::Brain(from.extract()?, to.extract()?))
+            Ok(Hidden::Brain(to_read(from)?, to_write(to)?))
         } else {
-            Ok(Hidden::Single(from.extract()?, to.extract()?))
+            Ok(Hidden::Single(to_read(from)?, to_write(to)?))
         }
     }
 }
@@ -339,6 +360,10 @@ fn block_mask<'py>(
     mut empty: PyReadwriteArray1<'py, u8>,
 ) -> PyResult<(u64, u64)> {
     let shape = |array: &[usize]| [0, 1, 2, 3].map(|axis| array[axis]);
+    let given = seen.shape()[2];
+    if given != 3 {
+        return Err(raise(Error::Memory { given, wanted: 3 }));
+    }
     let pairs = apply::Pairs {
         allowed: apply::Bits { shape: shape(allowed.shape()), bits: read(&allowed)? },
         seen: read(&seen)?.as_chunks().0,
@@ -349,11 +374,11 @@ fn block_mask<'py>(
     let empty = write(&mut empty)?;
     let mut counts = apply::Counts { kept: 0, empty: 0 };
     if out.dtype().itemsize() == 2 {
-        let mut out: PyReadwriteArray1<'py, u16> = out.extract()?;
+        let mut out = to_write::<u16>(&out)?;
         let out = write(&mut out)?;
         call(py, |run| apply::block(run, pairs, block, forbidden as u16, out, empty).map(|found| counts = found))?;
     } else {
-        let mut out: PyReadwriteArray1<'py, u32> = out.extract()?;
+        let mut out = to_write::<u32>(&out)?;
         let out = write(&mut out)?;
         call(py, |run| apply::block(run, pairs, block, forbidden, out, empty).map(|found| counts = found))?;
     }
@@ -404,9 +429,14 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(derive_key, module)?)?;
     module.add_function(wrap_pyfunction!(info, module)?)?;
     module.add_function(wrap_pyfunction!(set_threads, module)?)?;
-    module.add_function(wrap_pyfunction!(forked, module)?)?;
     batch_order::register(module)?;
     batch_rows::register(module)?;
+    // Threads do not survive a fork, and a child may get a number that its parent had.
+    if let Ok(register) = module.py().import("os")?.getattr("register_at_fork") {
+        let told = PyDict::new(module.py());
+        told.set_item("after_in_child", wrap_pyfunction!(forked, module)?)?;
+        register.call((), Some(&told))?;
+    }
     module.add("STREAM", crate::STREAM)?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))
 }

@@ -124,7 +124,8 @@ impl Engine {
     /// The fastest engine, or the one that [`VARIABLE`] forces. Read once.
     pub fn chosen() -> Result<Self> {
         static CHOSEN: OnceLock<Result<Engine>> = OnceLock::new();
-        CHOSEN.get_or_init(|| Self::forced(std::env::var(VARIABLE).ok().as_deref())).clone()
+        let asked = || std::env::var_os(VARIABLE).map(|name| name.to_string_lossy().into_owned());
+        CHOSEN.get_or_init(|| Self::forced(asked().as_deref())).clone()
     }
 
     fn forced(name: Option<&str>) -> Result<Self> {
