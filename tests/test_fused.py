@@ -126,7 +126,7 @@ def test_bad_input_is_refused() -> None:
         ops.drop_elements(hidden, keys[:, :1], samples, positions, 1, 1.0)
     with pytest.raises(DataError, match=r"sample must be at least 0 \(got -6\)"):
         ops.drop_elements(hidden, keys, samples - 5, positions, 1, 1.0)
-    with pytest.raises(DataError, match=r"position must be at least 0 \(got -1\)"):
+    with pytest.raises(DataError, match=r"position must be at least 0 \(got -\d+\)"):
         ops.drop_elements(hidden, keys, samples.clamp(min=0), positions - positions.max() - 1, 1, 1.0)
     with pytest.raises(DataError, match="position must lie in"):
         ops.drop_elements(hidden, keys, samples.clamp(min=0), positions + (1 << 20), 1, 1.0)
