@@ -46,8 +46,9 @@ class Family:
 _READING = (
     "Differences are method − baseline, paired by seed. p: two-sided sign flips over seeds, exact up to 20; Holm over all rows "
     "of a table, rows that lack runs included. The bootstrap draws seeds and reported rows at once (or seeds only, where the "
-    "measure is no mean over rows). Seeds for power .8, and what the pairs at hand detect with it: paired t test at alpha .05; "
-    "in brackets at .05 over the table's rows, as the strictest step of Holm's correction asks."
+    "measure is no mean over rows); its p is Student's of the mean over their spread. Seeds for power .8, and what the pairs at "
+    "hand detect with it: paired t test at alpha .05, and never fewer seeds than sign flips need for such a p; in brackets at "
+    ".05 over the table's rows, as the strictest step of Holm's correction asks."
 )
 _CURVES = (
     "Means and 95 % intervals over the curve's seeds (of fewer than three runs: their range), on the reported rows. Broad and "
