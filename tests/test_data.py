@@ -256,6 +256,7 @@ def test_metrics_by_hand() -> None:
     # Three classes of which the rows show two: the mean of F1 0, 1 and of the one that was guessed for nothing.
     three = replace(own, num_labels=3)
     assert metrics.scores(three, np.array([0, 1, 2]), np.array([0, 1, 1]))["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    assert metrics.scores(three, np.array([0, 1, 1]), np.array([0, 1, 1]))["f1"] == pytest.approx(2 / 3)
     assert metrics.scores(tasks.TASKS["stsb"], np.ones(3), line) == {"pearson": 0.0, "spearman": 0.0}
     assert metrics.perplexity(0.0) == 1.0
     assert metrics.perplexity(1e9) == float("inf")

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import families
 import hiddenkey_rs as hk
@@ -46,6 +47,8 @@ def tracked() -> list[Path]:
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_readme_code_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     exec(BLOCKS[number], {"__name__": "__main__"})
 
 

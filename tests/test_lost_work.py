@@ -67,17 +67,23 @@ def test_our_loader_goes_over_what_was_begun_too(tmp_path: Path) -> None:
 
 def test_rows_grouped_by_length_have_a_place_at_an_epochs_end_alone(tmp_path: Path) -> None:
     grouped = {"train_sampling_strategy": "group_by_length", "max_steps": 20, "save_steps": 2, "save_total_limit": 20}
-    trainer(tmp_path, **grouped).train()
+    rows = [{"input_ids": [5 + n] * (3 + n % 7), "labels": n % 2} for n in range(32)]
+    grouped |= {"lr_scheduler_type": "constant", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    whole = trainer(tmp_path, rows, **grouped)
+    whole.train()
     for step in (2, 8, 16):
-        trainer(tmp_path, **grouped).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        again = trainer(tmp_path, rows, **grouped)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for (name, found), wanted in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+            assert found.equal(wanted), (step, name)
     with pytest.raises(
         hk.StateError, match=r"grouped by length \(got .*checkpoint-10' in the middle of epoch 2\); resume"
     ):
-        trainer(tmp_path, **grouped).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        trainer(tmp_path, rows, **grouped).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     with pytest.raises(
         hk.StateError, match=r"another train_sampling_strategy .*got group_by_length there and random here"
     ):
-        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        trainer(tmp_path, rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     with pytest.raises(
         hk.ConfigError, match=r"lengths that it is told \(got .*32 rows without\); give a column 'length'"
     ):
@@ -135,7 +141,7 @@ def test_a_run_killed_behind_its_last_step_ends_as_it_would_have(tmp_path: Path)
 )
 def test_choices_that_would_do_nothing_or_something_else_are_refused(choices: dict[str, Any], said: str) -> None:
     with pytest.raises(hk.ConfigError, match=said):
-        RunConfig(**{"task": "demo", **choices}).drops()
+        RunConfig(**{"task": "demo", **choices}).check()
     changed = RunConfig(task="demo", preset="none", attention_rate=0.2, heads="query").drops()
     assert changed.attention == hk.AttentionDrop(rate=0.2, heads="query")
 

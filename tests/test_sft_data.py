@@ -220,7 +220,8 @@ def test_collators_that_flatten_and_numbers_by_token() -> None:
     assert twice["sample_position"].tolist() == [[0, 1, 2, 0]]
     bare = SampleIdCollator(tf.DataCollatorWithFlattening(), required=False)
     assert "sample_id" not in bare([{"input_ids": [5]}, {"input_ids": [6]}])
-    assert bare(features)["sample_id"].tolist() == [[4, 4, 4, 9]]
+    text = SampleIdCollator(tf.default_data_collator, required=False)
+    assert set(text([{"input_ids": [5], "sample_id": "a-17"}])) == {"input_ids"}
 
     def padded(side: str) -> Any:
         def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -233,6 +234,7 @@ def test_collators_that_flatten_and_numbers_by_token() -> None:
         {"input_ids": [5, 6, 7], "sample_id": [1, 1, 3], "sample_position": [4, 5, 0]},
         {"input_ids": [8], "sample_id": [3], "sample_position": [1]},
     ]
+    assert bare(named)["sample_id"].tolist() == [[1, 1, 3, 3]]
     right, left = padded("right")(named), padded("left")(named)
     assert right["sample_id"].tolist() == [[1, 1, 3], [3, -1, -1]]
     assert right["sample_position"].tolist() == [[4, 5, 0], [1, -1, -1]]

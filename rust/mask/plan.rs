@@ -107,7 +107,7 @@ pub fn plan(
             (words, counts) = (rest, others);
         }
     }
-    let (engine, pieces) = (run.engine, decisions.div_ceil(PIECE));
+    let (engine, pieces) = (run.engine, decisions.div_ceil(PIECE).min(tasks.len()));
     run.for_each(tasks.into_iter(), pieces, |(entry, first, words, counts)| {
         draw(engine, (seed, step), entry, documents, first, words, counts);
     })

@@ -58,8 +58,9 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 def put_back(path: Path) -> Path:
     """The folder of :func:`replace_folder`, also where a kill fell between the two renames: the new one was whole by then."""
-    if not path.exists() and path.with_name(f".{path.name}.old").is_dir():
-        path.with_name(f".{path.name}.new").rename(path)
+    fresh, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if not path.exists() and fresh.is_dir() and old.is_dir():
+        fresh.rename(path)
     return path
 
 
@@ -163,7 +164,7 @@ def clear_start(out: Path) -> None:
     """Remove what a run left that was stopped before its first checkpoint."""
     for name in (CONFIG, LOG, MASKS):
         (out / name).unlink(missing_ok=True)
-    for path in (*out.glob("checkpoint-*"), out / ADAPTER):
+    for path in (*out.glob("checkpoint-*"), out / ADAPTER, *out.glob(f".{ADAPTER}.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -18,8 +18,8 @@ Array = NDArray[np.float64]
 def scores(task: Task, predictions: Array, labels: Array) -> dict[str, float]:
     """The task's metrics. ``predictions``: class numbers or values, (N,), as ``labels``."""
     # By what the task has, not by what a split happens to hold: three classes are no two where the third is rare.
-    average = "binary" if task.num_labels == 2 else "macro"
-    known = {**_METRICS, "f1": _sklearn("f1_score", average=average, zero_division=0)}
+    how = {"average": "binary"} if task.num_labels == 2 else {"average": "macro", "labels": range(task.num_labels)}
+    known = {**_METRICS, "f1": _sklearn("f1_score", zero_division=0, **how)}
     return {name: float(known[name](predictions, labels)) for name in task.metrics if name in known}
 
 

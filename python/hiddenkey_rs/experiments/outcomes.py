@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from ..train import ranks
 from .features import IGNORED, Example
 from .metrics import expected_calibration_error, perplexity, scores
 from .tasks import Task
@@ -52,27 +53,39 @@ class Outcomes:
 def outcomes(
     model: Any, examples: list[Example], task: Task, collate: Callable[..., Any], batch_size: int, bf16: bool = False
 ) -> Outcomes:
-    """Run the model, without dropout, over ``examples``; results come in their order."""
+    """Run the model, without dropout, over ``examples``; results come in their order, and on every rank: they share the work."""
     # Sorted by length: less padding, and no result depends on it beyond rounding that repeats.
     order = sorted(range(len(examples)), key=lambda n: (len(examples[n]["input_ids"]), n))
-    found: list[tuple[torch.Tensor, ...]] = []
     # An encoder-decoder makes its decoder's inputs of the labels.
     whole = task.kind == "lm" and model.config.is_encoder_decoder
+
+    def judged(start: int) -> tuple[Array, ...]:
+        batch = collate([examples[n] for n in order[start : start + batch_size]])
+        labels = batch["labels"].to(model.device)
+        inputs = {name: value.to(model.device) for name, value in batch.items() if whole or name != "labels"}
+        found = _judge(model(**inputs).logits.float(), labels, task, not model.config.is_encoder_decoder)
+        return tuple(part.cpu().numpy().astype(np.float64) for part in found)
+
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            for start in range(0, len(order), batch_size):
-                batch = collate([examples[n] for n in order[start : start + batch_size]])
-                labels = batch["labels"].to(model.device)
-                inputs = {name: value.to(model.device) for name, value in batch.items() if whole or name != "labels"}
-                logits = model(**inputs).logits.float()
-                found.append(_judge(logits, labels, task, not model.config.is_encoder_decoder))
+        # Not inference_mode: weights that are gathered inside would be unfit for training.
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            found = _shared(range(0, len(order), batch_size), judged)
     finally:
         model.train(training)
     place = np.argsort(order)
-    parts = [torch.cat(part).cpu().numpy().astype(np.float64)[place] for part in zip(*found, strict=True)]
-    return Outcomes(*parts)
+    return Outcomes(*(np.concatenate(part)[place] for part in zip(*found, strict=True)))
+
+
+def _shared(starts: range, work: Callable[[int], tuple[Array, ...]]) -> list[tuple[Array, ...]]:
+    """``work`` on every batch, shared out over ranks; all results, in the batches' order, on every rank."""
+    mine = list(starts[ranks.rank() :: ranks.world_size()])
+    # Weights may have to be gathered for every pass, so all ranks run as many: where one is missing, the first batch again.
+    extra = [0] * (-(-len(starts) // ranks.world_size()) - len(mine))
+    found = [(start, work(start)) for start in mine + extra]
+    every = dict(pair for share in ranks.gather(found[: len(mine)]) for pair in share)
+    return [every[start] for start in starts]
 
 
 def _judge(logits: torch.Tensor, labels: torch.Tensor, task: Task, shift: bool) -> tuple[torch.Tensor, ...]:
@@ -83,10 +96,11 @@ def _judge(logits: torch.Tensor, labels: torch.Tensor, task: Task, shift: bool) 
     if task.kind == "classification":
         loss = F.cross_entropy(logits, labels, reduction="none")
         return loss, logits.argmax(dim=-1), labels, rows, logits.softmax(dim=-1)
-    if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+    if shift:  # the labels, not the logits: of those a part would have to be copied
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     carrying = labels != IGNORED
     count = carrying.sum(dim=1)
-    loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED).sum(dim=1)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    loss = loss.view_as(labels).sum(dim=1)
     right = ((logits.argmax(dim=-1) == labels) & carrying).sum(dim=1)
     return loss / count.clamp(min=1), right, labels[:, 0], count

@@ -16,12 +16,12 @@ from ..train import ranks
 from . import folder
 from .data import Splits, file_splits, hub_splits, subset, task_splits
 from .demo_data import demo_splits
-from .evaluate import evaluate
 from .features import Example, collator, tokenise
 from .interrupts import interruptible
 from .job import job
 from .memory import since_start
 from .models import add_lora, attention_for, load_adapter, load_model, settle
+from .outcomes import outcomes
 from .report import curves
 from .run_config import RunConfig
 from .spread import Spread
@@ -116,6 +116,7 @@ def _begin(config: RunConfig, out: Path, resume: bool | str) -> tuple[Spread, Pa
     """How the run is spread, and the checkpoint that it goes on from, if it does."""
     processes = ranks.world_size()
     if not resume or (resume == "auto" and not folder.was_started(out)):
+        config.check()
         folder.check_free(out)
         return Spread.of(config, processes), None
     if resume == "auto":  # it may have been stopped before its first checkpoint: then it starts anew
@@ -172,10 +173,15 @@ def evaluate_run(out: Path) -> dict[str, Any]:
     settle(config.threads)
     prepared = prepare(config)
     model = load_adapter(prepared.model, out / folder.ADAPTER)
-    found = {"dev": evaluate(model, prepared.dev, prepared.task, prepared.collate, config.eval_batch_size)}
+    found = {"dev": _figures(model, prepared.dev, prepared, config)}
     if prepared.test is not None:
-        found["test"] = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
+        found["test"] = _figures(model, prepared.test, prepared, config)
     return {"task": prepared.task.name, "metric": prepared.task.metric, **found}
+
+
+def _figures(model: Any, examples: list[Example], prepared: Prepared, config: RunConfig) -> dict[str, float]:
+    found = outcomes(model, examples, prepared.task, prepared.collate, config.eval_batch_size)
+    return found.figures(prepared.task)
 
 
 def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[], dict[str, dict[str, float]]]:
@@ -185,10 +191,7 @@ def _evaluation(config: RunConfig, prepared: Prepared, model: Any) -> Callable[[
 
     def both() -> dict[str, dict[str, float]]:
         parts = {"train": seen, "dev": prepared.dev}
-        return {
-            name: evaluate(model, part, prepared.task, prepared.collate, config.eval_batch_size)
-            for name, part in parts.items()
-        }
+        return {name: _figures(model, part, prepared, config) for name, part in parts.items()}
 
     return both
 
@@ -205,7 +208,7 @@ def _metrics(
     if prepared.test is not None:
         ranks.wait()  # for the first to have written it
         restore_weights(model, Path(config.out) / folder.ADAPTER)
-        test = evaluate(model, prepared.test, prepared.task, prepared.collate, config.eval_batch_size)
+        test = _figures(model, prepared.test, prepared, config)
     rows = steps * spread.rows if spread.rows else (trainer.state.epoch or 0) * len(prepared.train)
     return {
         "task": prepared.task.name,

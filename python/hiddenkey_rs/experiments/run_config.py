@@ -141,12 +141,6 @@ class RunConfig(Serialisable):
             raise ConfigError(
                 f"exactly one source of data is needed (got {sources or None}); give --task, --train-file or --dataset"
             )
-        for name, owner in _OF_SOURCE.items():
-            if getattr(self, name) != _DEFAULTS[name] and sources[0] not in owner:
-                raise ConfigError(
-                    f"{name} is of {' or '.join(owner)} (got {name}={getattr(self, name)!r} beside "
-                    f"{sources[0]}={getattr(self, sources[0])!r}), and would be ignored; leave one of the two out"
-                )
         if self.label_smoothing and (self.kind if self.task is None else TASKS[self.task].kind) == "regression":
             raise ConfigError(
                 f"labels that are numbers cannot be smoothed (got label_smoothing={self.label_smoothing}); leave it out"
@@ -190,61 +184,83 @@ class RunConfig(Serialisable):
         """What happens to the model's own dropout: off, as in the paper, unless the method lives on it."""
         return self.stock_dropout or ("keep" if self.preset == "r-drop" and self.hiddenkey is None else "off")
 
+    def check(self) -> None:
+        """Refuse choices that would do nothing, or something else than they say.
+
+        Not at once, as a run that was begun before they were refused has them among its own.
+
+        Raises:
+            ConfigError: a field of another source of data; a change to a part that the preset has not.
+        """
+        source = next(name for name in ("task", *_OWN) if getattr(self, name) is not None)
+        for name, owners in _OF_SOURCE.items():
+            if getattr(self, name) != _DEFAULTS[name] and source not in owners:
+                raise ConfigError(
+                    f"{name} is of {' or '.join(owners)} (got {name}={getattr(self, name)!r} beside "
+                    f"{source}={getattr(self, source)!r}), and would be ignored; leave one of the two out"
+                )
+        base = self._base()
+        for part, (kind, given) in self._overrides().items():
+            if given and getattr(base, part) is None and not given.keys() & _MAKING:
+                name, value = next(iter(given.items()))
+                raise ConfigError(
+                    f"there is no {kind.__name__} to change (got {name}={value!r}); give its rate or pattern (a consistency "
+                    "term's kind) as well, or leave it out"
+                )
+
     def drops(self) -> HiddenKeyConfig:
         """The config to attach: the preset (or file) with the overrides."""
-        base = (
-            HiddenKeyConfig.from_file(self.hiddenkey)
-            if self.hiddenkey is not None
-            else HiddenKeyConfig.preset(self.preset, rate=self.rate, seed=self.seed)
-        )
-        if self.hiddenkey is not None and not base.seed:  # a file that says none leaves it to the run
-            base = replace(base, seed=self.seed)
+        base = self._base()
         changes: dict[str, Any] = {
-            "attention": self._part(
-                base.attention,
-                AttentionDrop,
-                position=self.attention_position,
-                pattern=self.attention_pattern,
-                rate=self.attention_rate,
-                heads=self.heads,
-            ),
-            "hidden": self._part(
-                base.hidden,
-                HiddenDrop,
-                pattern=self.hidden_pattern,
-                rate=self.hidden_rate,
-                rescale=self.rescale,
-                start=self.hidden_start,
-            ),
-            "input": self._part(base.input, ElementDrop, rate=self.input_rate),
-            "output": self._part(base.output, ElementDrop, rate=self.output_rate),
-            "consistency": self._consistency(base.consistency),
-            "rate_pattern": {**base.rate_pattern, **dict(_pattern(text) for text in self.rate_pattern)},
+            "rate_pattern": {**base.rate_pattern, **dict(_pattern(text) for text in self.rate_pattern)}
         }
+        for part, (kind, given) in self._overrides().items():
+            held = getattr(base, part)
+            if given:
+                changes[part] = replace(held, **given) if held is not None else kind(**given)
+        if self.consistency == "none":
+            changes["consistency"] = None
         if self.layers is not None:
             changes["layers"] = _layers(self.layers)
         return replace(base, **changes)
 
-    def _consistency(self, base: Consistency | None) -> Consistency | None:
-        if self.consistency == "none":
-            return None
-        weight, gradient = self.consistency_weight, self.consistency_gradient
-        return self._part(base, Consistency, kind=self.consistency, weight=weight, gradient=gradient)
+    def _base(self) -> HiddenKeyConfig:
+        if self.hiddenkey is None:
+            return HiddenKeyConfig.preset(self.preset, rate=self.rate, seed=self.seed)
+        base = HiddenKeyConfig.from_file(self.hiddenkey)
+        return base if base.seed else replace(base, seed=self.seed)  # a file that says none leaves it to the run
 
-    @staticmethod
-    def _part(base: Any, kind: type, /, **overrides: Any) -> Any:
-        given = {name: value for name, value in overrides.items() if value is not None}
-        if not given:
-            return base
-        if base is not None:
-            return replace(base, **given)
-        if not given.keys() & _MAKING:
-            name, value = next(iter(given.items()))
-            raise ConfigError(
-                f"there is no {kind.__name__} to change (got {name}={value!r}); give its rate or pattern (a consistency term's "
-                "kind) as well, or leave it out"
-            )
-        return kind(**given)
+    def _overrides(self) -> dict[str, tuple[type[Any], dict[str, Any]]]:
+        """Part of a config -> its kind, and what of it was given."""
+        found: dict[str, tuple[type[Any], dict[str, Any]]] = {
+            "attention": (
+                AttentionDrop,
+                {
+                    "position": self.attention_position,
+                    "pattern": self.attention_pattern,
+                    "rate": self.attention_rate,
+                    "heads": self.heads,
+                },
+            ),
+            "hidden": (
+                HiddenDrop,
+                {
+                    "pattern": self.hidden_pattern,
+                    "rate": self.hidden_rate,
+                    "rescale": self.rescale,
+                    "start": self.hidden_start,
+                },
+            ),
+            "input": (ElementDrop, {"rate": self.input_rate}),
+            "output": (ElementDrop, {"rate": self.output_rate}),
+        }
+        if self.consistency != "none":
+            term = {"kind": self.consistency, "weight": self.consistency_weight, "gradient": self.consistency_gradient}
+            found["consistency"] = Consistency, term
+        return {
+            part: (kind, {name: value for name, value in given.items() if value is not None})
+            for part, (kind, given) in found.items()
+        }
 
 
 _MAKING = {"rate", "pattern", "position", "kind"}

@@ -28,7 +28,7 @@ def arrow(module: str = "pyarrow") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise HiddenKeyError(
-            f"Arrow data need the package pyarrow (got {error}); install hiddenkey_rs with its extra [train]"
+            f"Arrow data need the package {module.partition('.')[0]} (got {error}); install hiddenkey_rs with its extra [train]"
         ) from None
 
 

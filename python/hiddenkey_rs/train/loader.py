@@ -71,19 +71,19 @@ def check_loader(trainer: Any, loader: Loader | None) -> None:
     _check_sharding(trainer)
     if loader is None:
         return
-    if getattr(trainer.args, "train_sampling_strategy", "random") == "group_by_length":
-        known = _lengths(trainer.train_dataset, trainer.args)
-        if isinstance(known, int):
-            raise ConfigError(
-                f"loader='hiddenkey' sorts by lengths that it is told (got train_sampling_strategy='group_by_length' and "
-                f"{known} rows without); give a column {trainer.args.length_column_name!r}, or leave the strategy out"
-            )
     data, parallel = trainer.train_dataset, getattr(trainer.accelerator, "parallelism_config", None)
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
         raise ConfigError(
             f"loader='hiddenkey' chooses rows by number (got {type(data).__name__}, which is read from front to end); "
             "give a data set with rows, or use loader='stock'"
         )
+    if getattr(trainer.args, "train_sampling_strategy", "random") == "group_by_length":
+        known = _lengths(data, trainer.args)
+        if isinstance(known, int):
+            raise ConfigError(
+                f"loader='hiddenkey' sorts by lengths that it is told (got train_sampling_strategy='group_by_length' and "
+                f"{known} rows without); give a column {trainer.args.length_column_name!r}, or leave the strategy out"
+            )
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(

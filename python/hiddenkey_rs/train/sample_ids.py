@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -52,7 +53,8 @@ class SampleIdCollator:
     ``sample_id`` is (B,) int64. It is (B, L), -1 at padding, where rows hold several examples: because a feature brings
     one id a token, or because the collator lays examples one behind the other (``position_ids`` and no
     ``attention_mask``). ``sample_position``, (B, L) int64, stands beside it where features bring it, or where it alone tells
-    two examples of one id apart. ``required``: whether examples without an id are an error, or left to the collator.
+    two examples of one id apart. ``required``: whether examples must have an id; if not, only those with one a token are taken
+    care of, and everything else is left to the collator.
 
     Example:
         >>> def flat(features):
@@ -69,8 +71,8 @@ class SampleIdCollator:
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """The inner collator's batch with ``sample_id`` beside it."""
         missing = [number for number, feature in enumerate(features) if SAMPLE_ID not in feature]
-        if missing and not self.required:
-            return dict(self.collator(features))
+        if not self.required and not any(isinstance(feature.get(SAMPLE_ID), _SEVERAL) for feature in features):
+            return dict(self.collator(features))  # one id an example is for the collator to know, as it always was
         if missing:
             raise DataError(
                 f"an example has no sample id (got fields {', '.join(map(str, features[missing[0]]))}); give an iterable "
@@ -96,6 +98,7 @@ class SampleIdCollator:
 
 
 _OWN = (SAMPLE_ID, SAMPLE_POSITION)
+_SEVERAL = (list, tuple, np.ndarray, Tensor)
 
 
 def _flattened(batch: Mapping[str, Any]) -> bool:

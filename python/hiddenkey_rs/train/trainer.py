@@ -335,7 +335,8 @@ class HiddenKeyTrainerMixin(_Trainer):
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         state = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json"))
-        if self._loader is None and not self.args.ignore_data_skip and _strategy(self.args) == "group_by_length":
+        grouped = _strategy(self.args) == "group_by_length" and has_length(self.train_dataset)
+        if self._loader is None and grouped and not self.args.ignore_data_skip:
             check_place(found, float(state.epoch or 0))
         self._begin = state.global_step
         return found

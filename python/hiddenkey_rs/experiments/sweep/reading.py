@@ -274,6 +274,7 @@ class _Reader:
     def _build(self, place: Place, make: Callable[[], Trial]) -> None:
         try:
             trial = make()
+            trial.config.check()
             trial.config.drops()
         except (HiddenKeyError, TypeError) as error:
             what, _, mend = str(error).partition("; ")
