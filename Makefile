@@ -7,6 +7,8 @@ RUST_SOURCES := $(shell find rust -name '*.rs')
 # Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
 DATA ?= ../shared/data
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes of the Python tests: one more than processors, as many tests wait for processes of their own; at most five.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] || n=4; echo $$((n + 1)))
 PLANS := controls tuned tuned_by_loss single_methods compensation generation llama tuned_weight webnlg
 
 .DEFAULT_GOAL := help
@@ -40,7 +42,7 @@ demo: setup ## plain LoRA, lora_dropout and HiddenKey on built-in data; under 3 
 	@$(BIN)/hiddenkey demo --out $(OUT)
 
 test: setup test-rust ## the core's tests and the Python tests
-	@$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=worksteal
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal
 
 test-rust:
 	@cargo test -q
