@@ -82,11 +82,7 @@ class Serialisable:
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
         """Read ``.json``, ``.yaml`` or ``.yml``."""
         file = Path(path)
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"the config cannot be read (got {str(file)!r}: {reason}); check the file") from None
+        text = read_text(file, "config")
         if file.suffix == ".json":
             return cls.from_json(text)
         if file.suffix in (".yaml", ".yml"):
@@ -109,6 +105,15 @@ class Serialisable:
         """Read ``hiddenkey_config.json`` from an adapter's folder (or the file itself)."""
         path = Path(directory)
         return cls.from_file(path / CONFIG_NAME if path.is_dir() else path)
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """A file's text, or a :class:`ConfigError` that calls it ``what``."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the {what} cannot be read (got {os.fspath(path)!r}: {reason}); check the file") from None
 
 
 @functools.cache

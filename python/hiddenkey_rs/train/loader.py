@@ -77,13 +77,11 @@ def check_loader(trainer: Any, loader: Loader | None) -> None:
             f"loader='hiddenkey' chooses rows by number (got {type(data).__name__}, which is read from front to end); "
             "give a data set with rows, or use loader='stock'"
         )
-    if getattr(trainer.args, "train_sampling_strategy", "random") == "group_by_length":
-        known = _lengths(data, trainer.args)
-        if isinstance(known, int):
-            raise ConfigError(
-                f"loader='hiddenkey' sorts by lengths that it is told (got train_sampling_strategy='group_by_length' and "
-                f"{known} rows without); give a column {trainer.args.length_column_name!r}, or leave the strategy out"
-            )
+    if order_of(trainer.args) == "group_by_length" and len(data) and not _knows_lengths(data, trainer.args):
+        raise ConfigError(
+            f"loader='hiddenkey' sorts by lengths that it is told (got train_sampling_strategy='group_by_length' and "
+            f"{len(data)} rows without); give a column {trainer.args.length_column_name!r}, or leave the strategy out"
+        )
     for name in ("tp_size", "cp_size", "sp_size"):
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(
@@ -126,7 +124,7 @@ def stream_of(trainer: Any, loader: Loader) -> Stream:
         batch_size=rows if loader.token_budget is None else None,
         token_budget=loader.token_budget,
         window=loader.window,
-        shuffle=loader.shuffle and getattr(args, "train_sampling_strategy", "random") != "sequential",
+        shuffle=loader.shuffle and order_of(args) != "sequential",
         tail=loader.tail or ("drop" if args.dataloader_drop_last else "pad"),  # type: ignore[arg-type]
         seed=args.seed if args.data_seed is None else args.data_seed,
         accumulation=accumulation,
@@ -202,10 +200,23 @@ def _lengths(data: Any, args: Any) -> Any:
     """What the sampler knows of a data set: its lengths, by attribute or by the Trainer's column of them, or its size."""
     if not len(data):
         raise DataError("the training set is empty (got 0 examples); check that the data set was read")
-    column = getattr(args, "length_column_name", "length")
     if hasattr(data, "lengths"):
         return data
-    plain = data.dataset if isinstance(data, WithSampleIds) else data
-    if column in (getattr(plain, "column_names", None) or ()):
-        return np.asarray(list(plain[column]))
-    return len(data)
+    return np.asarray(list(_plain(data)[_column(args)])) if _knows_lengths(data, args) else len(data)
+
+
+def _knows_lengths(data: Any, args: Any) -> bool:
+    return hasattr(data, "lengths") or _column(args) in (getattr(_plain(data), "column_names", None) or ())
+
+
+def _plain(data: Any) -> Any:
+    return data.dataset if isinstance(data, WithSampleIds) else data
+
+
+def _column(args: Any) -> str:
+    return str(getattr(args, "length_column_name", "length"))
+
+
+def order_of(args: Any) -> str:
+    """How the training arguments want rows drawn: ``"random"``, ``"sequential"`` or ``"group_by_length"``."""
+    return str(getattr(args, "train_sampling_strategy", "random"))

@@ -22,7 +22,7 @@ from ..loading.collator import PLAN
 from ..loading.planned import check_split
 from . import ranks
 from .fingerprint import data_parts, run_parts
-from .loader import Loader, check_loader, stream_of, streaming
+from .loader import Loader, check_loader, order_of, stream_of, streaming
 from .resume import check_data, check_place, checked_checkpoint, save_data, warn_about_generators
 from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
 from .stores import StoreCollator, check_stores, is_store
@@ -320,7 +320,7 @@ class HiddenKeyTrainerMixin(_Trainer):
         found = {} if self.train_dataset is None else dict(data_parts(self.train_dataset))
         if self._loader is not None:  # whose own state has the rest
             return found
-        found["train_sampling_strategy"] = _strategy(arguments)
+        found["train_sampling_strategy"] = order_of(arguments)
         found["order's seed"] = str(arguments.seed if arguments.data_seed is None else arguments.data_seed)
         if not arguments.auto_find_batch_size:
             found["number of rows a step"] = str(
@@ -335,7 +335,7 @@ class HiddenKeyTrainerMixin(_Trainer):
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         state = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json"))
-        grouped = _strategy(self.args) == "group_by_length" and has_length(self.train_dataset)
+        grouped = order_of(self.args) == "group_by_length" and has_length(self.train_dataset)
         if self._loader is None and grouped and not self.args.ignore_data_skip:
             check_place(found, float(state.epoch or 0))
         self._begin = state.global_step
@@ -349,11 +349,6 @@ class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
 def logged_rates(logs: Mapping[str, Any]) -> dict[str, float]:
     """Measured rate by site, of logs that have any."""
     return {name.removeprefix(_RATE): value for name, value in logs.items() if name.startswith(_RATE)}
-
-
-def _strategy(arguments: Any) -> str:
-    """How the stock loader draws rows."""
-    return str(getattr(arguments, "train_sampling_strategy", "random"))
 
 
 def _released(model: Any) -> Handle | None:

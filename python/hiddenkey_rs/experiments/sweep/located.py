@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...serialise import yaml_loader
+from ...serialise import read_text, yaml_loader
 from ..extras import extra
 
 Place = tuple[str | int, ...]
@@ -24,16 +24,13 @@ class Located:
         self.path = Path(path)
         yaml = extra("yaml")
         try:
-            self.text = self.path.read_text(encoding="utf-8")
+            self.text = read_text(self.path, "plan")
             loader = yaml_loader()(self.text)
             node = loader.get_single_node()
             self._lines: dict[Place, int] = {}
             if node is not None:
                 self._walk(node, ())
             self.values = {} if node is None else loader.construct_document(node)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"the plan cannot be read (got {str(path)!r}: {reason}); check the file") from None
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"the plan is no YAML (got {str(path)!r}: {' '.join(str(error).split())}); mend it"
