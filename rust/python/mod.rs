@@ -95,6 +95,11 @@ fn to_write<'py, T: Element>(array: &Bound<'py, PyUntypedArray>) -> PyResult<PyR
     }
 }
 
+/// The last axis must have `wanted` numbers.
+fn numbers_each(given: usize, wanted: u128) -> PyResult<()> {
+    if given as u128 == wanted { Ok(()) } else { Err(raise(Error::Memory { given, wanted })) }
+}
+
 fn in_use() -> PyErr {
     DataError::new_err(
         "an array is written to while it is in use (got one array twice, or one that another thread works on); pass \
@@ -217,10 +222,7 @@ fn plan<'py>(
         let threshold = u32::try_from(threshold).unwrap_or(u32::MAX);
         Ok(Entry { layer, site, pattern: Planned::of(pattern)?, heads: heads as usize, threshold })
     };
-    let given = entries.shape()[1];
-    if given != 5 {
-        return Err(raise(Error::Memory { given, wanted: 5 }));
-    }
+    numbers_each(entries.shape()[1], 5)?;
     let entries: Result<Vec<Entry>> = read(&entries)?.as_chunks().0.iter().map(entry).collect();
     let entries = entries.map_err(raise)?;
     let documents =
@@ -336,10 +338,7 @@ fn seen_keys<'py>(
     mut out: PyReadwriteArray3<'py, u32>,
 ) -> PyResult<()> {
     let keys = allowed.shape()[3];
-    let given = out.shape()[2];
-    if given != 3 {
-        return Err(raise(Error::Memory { given, wanted: 3 }));
-    }
+    numbers_each(out.shape()[2], 3)?;
     let (allowed, out) = (read(&allowed)?, write(&mut out)?.as_chunks_mut().0);
     call(py, |run| apply::seen(run, allowed, keys, out))
 }
@@ -360,10 +359,7 @@ fn block_mask<'py>(
     mut empty: PyReadwriteArray1<'py, u8>,
 ) -> PyResult<(u64, u64)> {
     let shape = |array: &[usize]| [0, 1, 2, 3].map(|axis| array[axis]);
-    let given = seen.shape()[2];
-    if given != 3 {
-        return Err(raise(Error::Memory { given, wanted: 3 }));
-    }
+    numbers_each(seen.shape()[2], 3)?;
     let pairs = apply::Pairs {
         allowed: apply::Bits { shape: shape(allowed.shape()), bits: read(&allowed)? },
         seen: read(&seen)?.as_chunks().0,
