@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from hiddenkey_rs.cli.main import main
+from hiddenkey_rs.experiments import models
 from hiddenkey_rs.experiments.interrupts import interruptible
 from reference import check_run
 
@@ -99,9 +101,15 @@ def test_the_same_command_gives_the_same_figures(files: list[str], tmp_path: Pat
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
-def test_bfloat16_on_a_cpu(files: list[str], tmp_path: Path) -> None:
-    assert train(files, tmp_path / "a", "--bf16") == 0
-    assert train(files, tmp_path / "b") == 0
+def test_bfloat16_on_a_cpu(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "multiplies_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match="torch has no fast bfloat16 for this processor"):
+        assert train(files, tmp_path / "a", "--bf16") == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*bfloat16")
+        assert train(files, tmp_path / "b") == 0
+        monkeypatch.setattr(models, "multiplies_bfloat16", lambda: True)
+        models.settle(None, bf16=True)
     assert figures(tmp_path / "a")["dev"] != figures(tmp_path / "b")["dev"]
 
 

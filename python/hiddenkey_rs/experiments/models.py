@@ -26,9 +26,26 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def settle(threads: int | None) -> None:
+def multiplies_bfloat16() -> bool:
+    """Whether bfloat16 is no slower than float32: with CUDA, and on a processor for which torch has products of it."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in builds without oneDNN: not known then
+    return torch.cuda.is_available() or asked is None or bool(asked())
+
+
+def warn_of_bfloat16(asked: bool) -> None:
+    """Warn if bfloat16 was ``asked`` for where it is slower than float32."""
+    if asked and not multiplies_bfloat16():
+        warnings.warn(
+            f"torch has no fast bfloat16 for this processor (got {torch.backends.cpu.get_cpu_capability()}): it may take "
+            "twenty times as long as float32; choose float32 (--no-bf16, bf16: false), or a processor with AVX512",
+            stacklevel=3,
+        )
+
+
+def settle(threads: int | None, bf16: bool) -> None:
     """What every run and trial begins with: quiet libraries, kernels that repeat, ``threads`` of torch (default: as it is)."""
     quiet_libraries()
+    warn_of_bfloat16(bf16)
     # transformers 5.23 renamed gradient to activation checkpointing and warns of its own and peft's calls by the old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if threads is not None:

@@ -28,7 +28,7 @@ from . import folder
 from .data import Row, task_splits
 from .features import IGNORED, collator, tokenise
 from .interrupts import interruptible
-from .models import quiet_libraries
+from .models import quiet_libraries, warn_of_bfloat16
 from .outcomes import outcomes
 from .provenance import processor, versions
 from .small_decoder import Recipe, blocks, bpe_tokenizer, new_model, rate_at
@@ -60,6 +60,7 @@ def pretrain(
     """
     from .watch import Progress
 
+    warn_of_bfloat16(recipe.bf16)
     started = {"recipe": recipe.to_dict(), "text": _digest(train), "finished": False}
     tokenizer = _begin(out, started, train)
     documents = [row["input_ids"] for row in _examples(train, tokenizer, recipe)]

@@ -72,7 +72,7 @@ def _run(config: RunConfig, resume: bool | str, started: float) -> dict[str, Any
         fresh = not folder.was_started(out)
         spread, checkpoint = _begin(config, out, resume)
         drops = config.drops()
-        settle(config.threads)
+        settle(config.threads, config.bf16)
         prepared = prepare(config)
         model = add_lora(
             prepared.model,
@@ -170,7 +170,7 @@ def evaluate_run(out: Path) -> dict[str, Any]:
     config = folder.load_config(out)
     if not folder.put_back(out / folder.ADAPTER).is_dir():
         raise ConfigError(f"the run has no adapter yet (got {str(out)!r}); let it finish an epoch")
-    settle(config.threads)
+    settle(config.threads, config.bf16)
     prepared = prepare(config)
     model = load_adapter(prepared.model, out / folder.ADAPTER)
     found = {"dev": _figures(model, prepared.dev, prepared, config)}

@@ -45,7 +45,7 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
         HiddenKeyError: data or model that are missing or do not fit.
     """
     started = time.perf_counter()
-    settle(threads)
+    settle(threads, trial.config.bf16)
     warnings.filterwarnings("ignore", message="the model keeps its own dropout")
     task = TASKS[str(trial.config.task)]
     prepared = _prepare(trial, task)
