@@ -132,5 +132,19 @@ def test_bad_input_is_refused() -> None:
         ops.drop_elements(hidden, keys, samples.clamp(min=0), positions + (1 << 20), 1, 1.0)
     with pytest.raises(ConfigError, match="scale must be a finite number above 0"):
         ops.drop_elements(hidden, keys, samples, positions, 1, 0.0)
+    for name, many in (("keys", [keys.int(), samples, positions]), ("positions", [keys, samples, positions.int()])):
+        with pytest.raises(ConfigError, match=rf"{name} must be int64 \(got torch.int32\)"):
+            ops.drop_elements(hidden, *many, 1, 1.0)
+    for dtype in (torch.float16, torch.float64):  # which are drawn in torch
+        other = hidden.to(dtype)
+        with pytest.raises(DataError, match=r"sample ids must lie in .*\(got -6\)"):
+            ops.drop_elements(other, keys, samples - 5, positions, 1, 1.0)
+        for wrong in (positions + (1 << 20), positions - positions.max() - 1):
+            with pytest.raises(DataError, match=r"positions must lie in \[0, 1048576\)"):
+                ops.drop_elements(other, keys, samples.clamp(min=0), wrong, 1, 1.0)
+        with pytest.raises(ConfigError, match="scale must be a finite number above 0"):
+            ops.drop_elements(other, keys, samples, positions, 1, float("nan"))
+        with pytest.raises(ConfigError, match=r"threshold must lie in 0..65536 \(got 65537\)"):
+            ops.drop_elements(other, keys, samples, positions, 65537, 1.0)
     with pytest.raises(ConfigError, match="one bool a row"):
         ops.drop_rows(hidden, samples, 1.0)

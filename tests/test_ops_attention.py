@@ -288,3 +288,44 @@ def test_an_explicit_choice_never_falls_back() -> None:
         ops.attention(q, k, v, allowed=None, kept=None, impl="fast")
     with pytest.raises(ConfigError, match="unknown attention position"):
         ops.attention(q, k, v, allowed=None, kept=None, position="hiddencut")
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+def test_without_a_kept_set_what_is_allowed_is_kept(impl: str) -> None:
+    query, key, value = (torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    allowed = ops.causal(5, 5)
+    expected = ops.attention(query, key, value, allowed=allowed, kept=allowed, impl="reference")
+    torch.testing.assert_close(ops.attention(query, key, value, allowed=allowed, kept=None, impl=impl), expected)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa", "blocked", "compact"])
+@pytest.mark.parametrize(("batch", "queries"), [(0, 256), (2, 0), (0, 0)])
+def test_nothing_to_attend_for_gives_nothing_and_zero_gradients(impl: str, batch: int, queries: int) -> None:
+    query = torch.randn(batch, 2, queries, 8, requires_grad=True)
+    key, value = (torch.full((batch, 2, 256, 8), 3.0, requires_grad=True) for _ in range(2))
+    keep = torch.arange(256) % 3 > 0
+    allowed = None if impl == "compact" or queries == 0 else ops.causal(queries, 256)
+    how = {"rescue": "all" if queries == 0 else "own", "rate": 0.1, "impl": impl}
+    out, dropped, _ = ops.dropped_attention(
+        query, key, value, allowed=allowed, keep=keep.expand(batch, 2, 1, 256), **how
+    )
+    out.sum().backward()
+    assert out.shape == query.shape
+    assert int(dropped) == 0
+    for tensor in (key, value):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+def test_a_query_without_a_key_of_its_own_is_not_gathered() -> None:
+    query = torch.randn(1, 2, 600, 64)
+    key, value = torch.randn(1, 2, 512, 64), torch.randn(1, 2, 512, 64)
+    keep = torch.rand(1, 2, 1, 512) > 0.3
+    keep[0, 0] = False
+    how = {"allowed": None, "keep": keep, "rescue": "own", "rate": 0.3}
+    expected = ops.dropped_attention(query, key, value, impl="reference", **how)
+    found = ops.dropped_attention(query, key, value, **how)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert found[1:] == expected[1:]
+    with pytest.raises(ConfigError, match="rescue='own' asks for as many queries as keys, not 600 and 512"):
+        ops.dropped_attention(query, key, value, impl="compact", **how)

@@ -126,3 +126,13 @@ def test_results_lie_as_the_operator_says(dtype: torch.dtype) -> None:
     found = torch.autograd.grad(blocked._attention(*arguments)[0].sum(), (query, key, value))
     for mine, theirs in zip(found, (query, key, value), strict=True):
         assert mine.stride() == theirs.stride()
+
+
+def test_queries_that_lie_otherwise_give_what_the_operator_says() -> None:
+    """Phi and GLM concatenate halves of heads, which leaves heads outside."""
+    query, key, value = (torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3))
+    keep = torch.rand(2, 3, 1, 9) > 0.3
+    keep[..., 0] = True
+    allowed = causal([(0, 9)], 9)
+    assert find(allowed, keep) is not None
+    torch.library.opcheck(blocked._attention, (query, key, value, allowed, keep, True, 0.3))

@@ -54,7 +54,7 @@ def dropped_attention(
     shape = (*query.shape[:3], key.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     no_sdpa = sdpa.obstacle(position, bias, softcap, sinks)
-    path = _path(impl, _kernel_obstacle(query, value, scale, dropout) or no_sdpa, allowed, keep, shape, rate)
+    path = _path(impl, _kernel_obstacle(query, value, scale, dropout) or no_sdpa, allowed, keep, shape, rate, rescue)
     if path == "compact":
         return _gathered(query, key, value, allowed, keep, rescue, scale)
     keep = reference.repeat_heads(keep, query.shape[1])
@@ -88,19 +88,28 @@ def dropped_attention(
 
 
 def _path(
-    impl: str, obstacle: str | None, allowed: Tensor | None, keep: Tensor, shape: tuple[int, ...], rate: float
+    impl: str,
+    obstacle: str | None,
+    allowed: Tensor | None,
+    keep: Tensor,
+    shape: tuple[int, ...],
+    rate: float,
+    rescue: str,
 ) -> str:
     """``"compact"``, ``"blocked"`` or ``"masked"``: how to compute attention under a drawn mask.
 
     Args:
         impl: as asked for. obstacle: why neither of the first two can compute it, whatever the mask.
-        shape: (B, H, Q, K). rate: the probability of dropping.
+        shape: (B, H, Q, K). rate: the probability of dropping. rescue: of queries that lost all keys.
     """
     alike = _alike(allowed, keep)
+    owned = rescue != "own" or shape[2] == shape[3]  # every query has a key of its own to fall back on, or needs none
     shared = allowed is None or allowed.shape[1] == 1  # by all heads
     if impl in ("compact", "blocked"):
         if impl == "compact" and not alike:
             obstacle = obstacle or "queries of a head see different keys"
+        if impl == "compact" and not owned:
+            obstacle = obstacle or f"rescue='own' asks for as many queries as keys, not {shape[2]} and {shape[3]}"
         if impl == "blocked" and not shared:
             obstacle = obstacle or "heads are allowed different keys"
         if obstacle is not None:
@@ -111,7 +120,7 @@ def _path(
     if impl != "auto" or obstacle is not None:
         return "masked"
     if alike:
-        return "compact" if worth_gathering(shape[2], shape[3], rate) else "masked"
+        return "compact" if owned and worth_gathering(shape[2], shape[3], rate) else "masked"
     return "blocked" if shared and shape[2] >= BLOCKED_QUERIES else "masked"
 
 
@@ -267,6 +276,7 @@ def attention(
     if impl in ("compact", "blocked"):
         raise ConfigError(f"this path takes a drawn mask, not a kept set (got impl={impl!r}); call dropped_attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kept = allowed if kept is None else kept
     if impl == "auto" and obstacle is None and kept is not None and _fits_blocks(query, value, kept, scale, dropout):
         everything = kept.new_ones(1, 1, 1, kept.shape[3])
         return _in_blocks(query, key, value, kept, everything, "all", scale)[0]

@@ -115,6 +115,8 @@ def _gradients(
     if triangle is not None:
         return triangle.backward(gradient, query, key, value, out, total, scaling)
     to_query, to_key, to_value = (cpu_kernel.like(rows) for rows in (query, key, value))
+    if not blocks.queries:  # nobody asks, so no block is the first one
+        return to_query, to_key.zero_(), to_value.zero_()
     for block in blocks:
         if block.first:
             for whole in (to_key, to_value):
@@ -213,7 +215,7 @@ class _Blocks:
     @property
     def allowed_pairs(self) -> int:
         """How many pairs of all heads the model's own mask allows."""
-        return int(self.seen[..., 2].sum(dtype=np.int64)) * (self.batch // len(self.allowed)) * self.heads
+        return int(self.seen[..., 2].sum(dtype=np.int64)) * (self.batch // max(len(self.allowed), 1)) * self.heads
 
     def __iter__(self) -> Iterator[_Block]:
         self.room = torch.empty(self.together * self.keep.shape[1] * self.step * self.keep.shape[3], dtype=self.dtype)

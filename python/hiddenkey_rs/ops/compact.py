@@ -66,6 +66,8 @@ def _attention(
     """The output and the logarithm of each row's denominator, float32 (B, H, Q)."""
     _check(query, key, value, keep, real)
     out, total = cpu_kernel.empty(query)
+    if not query.shape[2]:  # the kernel divides by their number
+        return out, total
     for example in _examples(query, key, value, keep):
         if example.places:
             example.attend(out[example.row], total[example.row], scaling)
@@ -92,6 +94,8 @@ def _gradients(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     to_query, to_key, to_value = cpu_kernel.like(query), cpu_kernel.like(key), cpu_kernel.like(value)
+    if not query.shape[2]:
+        return to_query, to_key.zero_(), to_value.zero_()
     (gradient,) = cpu_kernel.readable(gradient)
     for example in _examples(query, key, value, keep):
         n, row = example.number, example.row

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..errors import ConfigError
 from ..masks import to_device
 
 _TILE = 128
-_MOST = 1 << 20
+MOST_POSITIONS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +71,9 @@ class Documents:
         count = spot.scatter_add(0, bucket, torch.ones_like(place))[:many]
         flat = position.flatten()
         first = flat[low].masked_fill(count == 0, 0)
-        last = flat[high].masked_fill(count == 0, -1)
-        fits = (high - low + 1 == count) & (low // length == high // length) & (last - first + 1 == count)
-        good = (fits | (count == 0)).all() & (first >= 0).all()
+        fits = (high - low + 1 == count) & (low // length == high // length)
+        steady = (place - flat == functional.pad(low - first, (0, 1))[bucket]) | (bucket == many)
+        good = (fits | (count == 0)).all() & (first >= 0).all() & steady.all()
         facts = torch.stack((good.long(), count.max(), (first + count).max(), (first % _TILE).max(), count.sum()))
         correct, most, positions, inside, every = facts.tolist()
         if not correct:
@@ -130,5 +131,5 @@ class Documents:
 
 
 def _check_positions(positions: int) -> None:
-    if positions > _MOST:
+    if positions > MOST_POSITIONS:
         raise ConfigError(f"positions must lie below 2**20 (got {positions - 1}); split the document")

@@ -6,13 +6,15 @@ all layers share. On a CPU, float32 and bfloat16 go through the Rust core; every
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import masks
-from ..errors import ConfigError
+from ..config import RATE_LEVELS
+from ..errors import ConfigError, DataError
 from .generator import row_keep
 from .hidden import drop_hidden
 
@@ -47,10 +49,13 @@ def drop_elements(
         (True, True)
     """
     branches = _check(hidden, keys, samples, positions)
+    _check_numbers(threshold, scale)
     if not hidden.numel():
         return torch.empty_like(hidden, memory_format=torch.contiguous_format), samples.new_zeros(())
     core = _CORE_DTYPES.get(hidden.dtype) if hidden.device.type == "cpu" else None
     if core is None:
+        if hidden.device.type == "cpu":
+            _check_places(samples, positions)
         rows = hidden.reshape(-1, hidden.shape[-1]).chunk(branches)
         places = zip(keys, rows, samples.chunk(branches), positions.chunk(branches), strict=True)
         drawn = [_drop_in_torch(key, part, ids, place, threshold, scale) for key, part, ids, place in places]
@@ -146,7 +151,28 @@ def _check(hidden: Tensor, keys: Tensor, samples: Tensor, positions: Tensor) -> 
             f"{tuple(samples.shape)}, positions {tuple(positions.shape)}); give one sample and position a row, and keys of "
             "shape (branches, 2) that share the rows evenly"
         )
+    for name, tensor in (("keys", keys), ("samples", samples), ("positions", positions)):
+        if tensor.dtype != torch.int64:  # products of narrower ones would draw from another stream
+            raise ConfigError(f"{name} must be int64 (got {tensor.dtype}); convert them")
     return branches
+
+
+def _check_numbers(threshold: int, scale: float) -> None:
+    if not 0 <= threshold <= RATE_LEVELS:
+        raise ConfigError(f"threshold must lie in 0..{RATE_LEVELS} (got {threshold}); it is floor(65536 rate + 0.5)")
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"scale must be a finite number above 0 (got {scale}); 1 rescales nothing")
+
+
+def _check_places(samples: Tensor, positions: Tensor) -> None:
+    """What the core asks of the dtypes that it computes, of all others: beyond, lanes of other heads would be drawn."""
+    for name, places, least, most in (
+        ("sample ids", samples, -1, 1 << 40),
+        ("positions", torch.where(samples < 0, 0, positions), 0, 1 << 20),
+    ):
+        wrong = (places < least) | (places >= most)
+        if bool(wrong.any()):
+            raise DataError(f"{name} must lie in [{least}, {most}) (got {int(places[wrong][0])}); count them from 0")
 
 
 def _drop_in_torch(

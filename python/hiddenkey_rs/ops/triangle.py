@@ -40,7 +40,8 @@ class Triangle:
         if self.lost is not None:
             out[self.lost] = value[self.lost]
             total[self.lost] = 0.0
-        return out, total
+        # The kernel lays its output out as the queries lie; a copy only where that is another layout than was promised.
+        return out.transpose(1, 2).contiguous().transpose(1, 2), total
 
     def backward(
         self,
@@ -73,7 +74,7 @@ def find(seen: np.ndarray[Any, Any], keep: Tensor, own: bool, batch: int, heads:
     nothing. Heads that keep no key at all are left to others: padding behind them would be rescued in another way.
     """
     queries, keys = seen.shape[1], keep.shape[3]
-    if queries != keys or keep.shape[2] != 1:
+    if queries != keys or keep.shape[2] != 1 or not queries:
         return None
     first, end, many = (seen[..., place].astype(np.int64) for place in range(3))
     begins, stops = first.min(axis=1, keepdims=True), end.max(axis=1, keepdims=True)
@@ -99,7 +100,7 @@ def find(seen: np.ndarray[Any, Any], keep: Tensor, own: bool, batch: int, heads:
     np.add.at(ends, (np.arange(len(end))[:, None], end), ~silent)
     seeing = torch.from_numpy(ends[:, :0:-1].cumsum(axis=1)[:, ::-1].copy())[:, None, None]
     shape = torch.broadcast_shapes(stays.shape, seeing.shape)
-    repeats = batch // shape[0] * (heads // shape[1])
+    repeats = batch // max(shape[0], 1) * (heads // shape[1])
     kept = int((stays * seeing).sum() + lost.sum()) * repeats
     return Triangle(
         stays,

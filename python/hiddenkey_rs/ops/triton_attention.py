@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import ConfigError
 from ..serialise import choice
 from . import triton_gather
-from .documents import Documents
+from .documents import MOST_POSITIONS, Documents
 from .reference import POSITIONS
 from .triton_launch import Launch, kernels, strides, unable, unwatched, widest_head
 
@@ -109,6 +109,7 @@ def attention(
     choice(heads, HEADS, "heads")
     if window is not None and window < 1:
         raise ConfigError(f"window must be at least 1, the own key (got {window}); leave it out for no window")
+    window = None if window is None else min(window, MOST_POSITIONS)  # kernels add it to places, in 32 bits
     mask_heads = key.shape[1] if heads == "group" else query.shape[1]
     if keep is not None and keep.shape[1] != mask_heads:
         raise ConfigError(

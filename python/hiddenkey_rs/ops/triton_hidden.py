@@ -6,7 +6,6 @@ the residual joins it. No mask is stored.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -67,7 +66,7 @@ def drop_elements(
             hidden, residual, keys, samples, positions, threshold, scale, count
         )
         return outputs
-    counts = _zero(hidden.device) if not count else torch.zeros((), dtype=torch.int64, device=hidden.device)
+    counts = torch.zeros((), dtype=torch.int64, device=hidden.device)
     places = (keys.contiguous(), samples.contiguous(), positions.contiguous())
     out = _DropElements.apply(hidden, residual, places, threshold, scale, counts if count else None)
     return out, counts
@@ -232,12 +231,6 @@ class _DropElements(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         dropped = _launch(gradient, None, ctx.saved_tensors, None, *ctx.how)
         return dropped, gradient if ctx.residual else None, None, None, None, None
-
-
-@cache
-def _zero(device: torch.device) -> Tensor:
-    """What nobody counted; one for all, since making one launches a kernel."""
-    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 class _DropRows(torch.autograd.Function):

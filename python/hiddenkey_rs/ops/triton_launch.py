@@ -35,6 +35,8 @@ def unable(states: Tensor) -> str | None:
         return "Triton is not installed"
     if states.device.type == "cuda" and torch.version.hip is not None:
         return "its kernels hold instructions of NVIDIA's devices"
+    if states.device.type == "cuda" and _capability(states.device) < 8:
+        return "its kernels are made for NVIDIA's devices from Ampere on, compute capability 8.0"
     if states.dtype not in DTYPES:
         return f"it computes in float16, bfloat16 and float32, not {states.dtype}"
     if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
