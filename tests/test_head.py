@@ -161,7 +161,7 @@ def test_logits_never_exist_twice() -> None:
     """The largest logits of a step with a large vocabulary are those of one piece."""
     model = families.build("llama", vocab_size=20_000)
     hidden = torch.randn(2, 2000, 16, requires_grad=True)
-    head = heads.Head(model.lm_head, None, None)
+    head = heads.Head(model.lm_head, None, lambda: None)
     labels = torch.randint(0, 20_000, (4000,))
     largest = 0
     made = F.log_softmax

@@ -59,3 +59,10 @@ def test_positions_go_with_packed_ids() -> None:
     for positions, samples in (([0, 1], check_sample_ids([1, 1])), ([[0]], packed), ([[0.0, 1.0]], packed)):
         with pytest.raises(DataError, match="positions go with packed sample ids"):
             check_positions(positions, samples)
+
+
+def test_rows_that_hold_one_document_on_average_are_packed() -> None:
+    tokens = from_packed(np.array([[7, 7, 9, 9], [-1, -1, -1, -1]]), None, (0, 1), torch.device("cpu"))
+    assert (tokens.crowded, tokens.packed) == (True, True)
+    tokens = from_packed(np.array([[7, 7, -1], [9, 9, 9]]), None, (0,), torch.device("cpu"))
+    assert (tokens.crowded, tokens.packed) == (False, False)

@@ -98,9 +98,7 @@ def on_compiled(model: nn.Module) -> bool:
 
 def check_model(base: transformers.PreTrainedModel) -> None:
     """The model takes its attention from the interface, and runs each FFN once a layer."""
-    # transformers' own check looks for one spelling of the call; ModernBERT of transformers 5.5 writes brackets.
-    code = inspect.getsource(sys.modules[type(base).__module__]) if type(base).__module__ in sys.modules else ""
-    if not base._can_set_attn_implementation() and "ALL_ATTENTION_FUNCTIONS[" not in code:
+    if not _asks_interface(type(base)):
         raise UnsupportedModelError(
             f"the model does not take its attention from transformers' attention interface (got "
             f"{type(base).__name__}, model_type {base.config.model_type!r}); use the library's own model class"
@@ -110,12 +108,29 @@ def check_model(base: transformers.PreTrainedModel) -> None:
             "GPT-2 hands no keyword arguments to its cross-attention, so its dropout cannot reach it (got "
             "add_cross_attention=True); use another decoder, such as BART's or BERT's"
         )
+    devices = set((getattr(base, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the model is spread over devices, and masks lie on one (got {', '.join(map(str, devices))} in its device_map); "
+            'load it whole, with device_map={"": local_rank}, and train in one process a device'
+        )
     chunk = getattr(base.config, "chunk_size_feed_forward", 0)
     if chunk:
         raise UnsupportedModelError(
             f"feed-forward chunking runs the FFN several times a layer, so positions are unknown (got "
             f"chunk_size_feed_forward={chunk}); set it to 0"
         )
+
+
+def _asks_interface(kind: type[transformers.PreTrainedModel]) -> bool:
+    """Whether a class takes its attention from the interface: judged by the library's class behind a user's own."""
+    library: Any = next((k for k in kind.__mro__ if k.__module__.startswith("transformers.models.")), kind)
+    if library._can_set_attn_implementation():
+        return True
+    try:  # transformers' own check looks for one spelling of the call; ModernBERT of transformers 5.5 writes brackets
+        return "ALL_ATTENTION_FUNCTIONS[" in inspect.getsource(sys.modules[library.__module__])
+    except (KeyError, OSError, TypeError):  # no source is at hand
+        return False
 
 
 def check_plan(config: HiddenKeyConfig, stacks: list[Stack]) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 
 import numpy as np
 import transformers
@@ -195,12 +195,17 @@ class Handle:
             guided=self.config.hidden is not None and self.config.hidden.start == "attention",
             choices=compared.is_for("MultipleChoice", self.base),
         )
+        outside = WeakMethod(self.session.check_outside)  # a config's way here must not keep the model alive
+        for implementation in found:
+            implementation.outside = lambda module: None if (check := outside()) is None else check(module)
         self.sharing, self.head = Sharing(self), head_of(self)
         removers = hooks.install(self.session, self.stacks, self.output, self.head)
         compares = compared.compares_features(self)
         dropping = [site for site in self.sites if site.drops or (compares and site is self.output)]
         head = [] if self.head is None else [name for name, m in self.base.named_modules() if m is self.head.module]
-        self._wiring = Wiring(self.base, [*(site.name for site in dropping), *head])
+        attended = [site.name for site in self.sites if site.kind in ATTENTION_KINDS]
+        cut = [site.name for site in dropping if site.kind == "ffn"]
+        self._wiring = Wiring(self.base, [*(site.name for site in dropping), *head], attended, cut)
         self.session.undo = partial(_undo, self.session, removers, self.sharing, self.stock, ref(self.base))
         self.session.attached, self.session.handle = True, ref(self)
         _ATTACHED[self.base] = ref(self.session)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,6 @@ from .terms import both_terms
 if TYPE_CHECKING:
     from .handle import Handle
 
-_CHANGES_LOSS = ("num_items_in_batch", "logits_to_keep")
-"""Arguments of a model under which its loss is another one."""
 
 LEAST_ROWS = 64
 """Tokens of a piece, at least: fewer would not keep a head busy."""
@@ -37,7 +36,8 @@ class Head:
 
     module: nn.Module
     softcap: float | None
-    bias: Tensor | None
+    bias: Callable[[], Tensor | None]
+    """Asked each time: a model that moves to another device has another buffer."""
     scale: float = 1.0
     autocast: dict[str, Any] = field(default_factory=dict)
     """How the model ran its head: a trainer may wrap the model's forward alone."""
@@ -52,7 +52,8 @@ class Head:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return (logits if self.bias is None else logits + self.bias).float()
+        bias = self.bias()
+        return (logits if bias is None else logits + bias).float()
 
     def is_half(self, hidden: Tensor) -> bool:
         """Whether its gradients pass through float16, where small numbers vanish."""
@@ -81,7 +82,8 @@ def head_of(handle: Handle) -> Head | None:
     # Granite divides its logits, Cohere multiplies them.
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module, softcap, getattr(base, "final_logits_bias", None), scale)
+    held = ref(base)  # hooks hold the head
+    return Head(module, softcap, lambda: getattr(held(), "final_logits_bias", None), scale)
 
 
 def _plain_loss(model: nn.Module, base: nn.Module) -> bool:
@@ -97,8 +99,7 @@ def head_for(handle: Handle, batch: dict[str, Any]) -> Head | None:
     """:attr:`Handle.head`, if this batch's loss is made of what it received: some arguments and settings change the loss."""
     # A router's balancing loss is made inside the model, from the labels' presence.
     routed = batch.get("output_router_logits", getattr(handle.base.config, "output_router_logits", False))
-    changed = routed or any(batch.get(name) is not None for name in _CHANGES_LOSS)
-    return None if changed else handle.head
+    return None if routed or batch.get("logits_to_keep") is not None else handle.head
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..errors import StateError
 from .interface import IMPLEMENTATIONS, NAME, register
+
+
+def _allowed(module: nn.Module) -> None:
+    """Until something is attached."""
 
 
 class Implementation:
@@ -23,6 +28,8 @@ class Implementation:
         self.active = False
         self.maskless = False
         """Whether attention knows by itself what may attend to what in this pass, so that no mask of pairs is to be made."""
+        self.outside: Callable[[nn.Module], None] = _allowed
+        """Is asked about attention that runs outside every forward pass of a stack."""
         self.packed = False
         """Whether that holds for the masks of packed rows in this pass, too: one of them was found to say the same."""
 

@@ -135,17 +135,14 @@ def hiddenkey_attention(
     stack_pass.visit(site)
     how: dict[str, Any] = {"scaling": scaling, "bias": bias, "softcap": softcap, "sinks": s_aux}
     drop = site.drops.get(depth) if module.training else None  # part of a model may be out of training
-    # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
-    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+    seen = seen_by(site, module, kwargs)
     if stack_pass.kernels:
-        output = attend(
-            stack_pass, site, drop, depth, module, (query, key, value), attention_mask, dropout, window, how
-        )
+        output = attend(stack_pass, site, drop, depth, (query, key, value), attention_mask, dropout, seen, how)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
     # No mask may be one that the kernels would have made needless, or a caller's own, which leaves causality to the layer.
-    if attention_mask is None and (stack_pass.kernels or seen_by(site, module, window) != (False, None)):
-        allowed = documents_mask(stack_pass, site, module, window)
+    if attention_mask is None and (stack_pass.kernels or seen != (False, None)):
+        allowed = documents_mask(stack_pass, site, seen)
     if drop is None:
         _note_received(site, query, key, allowed, None, **how)
         impl = stack_pass.impl if stack_pass.impl in ("reference", "sdpa") else "auto"  # the others need a drawn mask
@@ -206,7 +203,7 @@ def _note_received(
 
 
 def _check_outside(module: nn.Module) -> None:
-    """An :class:`UnsupportedModelError` if attention runs inside an active pass that did not reach it.
+    """An :class:`UnsupportedModelError` if attention runs inside an active pass that did not reach it, or that nobody began.
 
     The mask that it was given is one of ours, which not every stock function reads as we do.
     """
@@ -216,6 +213,8 @@ def _check_outside(module: nn.Module) -> None:
             f"the model hands no keyword arguments to this attention, so its dropout cannot reach it (got "
             f"{type(module).__name__}); use a model class of which every attention layer receives them"
         )
+    if implementation is not None:
+        implementation.outside(module)
 
 
 def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -7,6 +7,7 @@ error where they were asked for by name; ``impl="auto"`` then makes the mask her
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,14 +40,15 @@ def attend(
     site: Site,
     drop: SiteDrop | None,
     depth: int,
-    module: nn.Module,
     tensors: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
     dropout: float,
-    window: int | None,
+    seen: tuple[bool, int | None],
     how: dict[str, Any],
 ) -> Tensor | None:
-    """Attention of one layer, (B, H, Q, D); counts what was dropped. ``tensors``: queries, keys, values.
+    """Attention of one layer, (B, H, Q, D); counts what was dropped.
+
+    ``tensors``: queries, keys, values. ``seen``: what :func:`seen_by` says.
 
     ``None`` if ``impl="auto"`` has to find another way.
 
@@ -58,7 +60,7 @@ def attend(
     check_extent(stack_pass, site, query.shape[2], key.shape[2])
     biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
     reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
-    causal, width = seen_by(site, module, window)
+    causal, width = seen
     if mask is not None and (site.crosses or not _says_the_documents(stack_pass, mask, causal, width)):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
     if not isinstance(stack_pass, StackPass):
@@ -96,17 +98,21 @@ def attend(
     return output
 
 
-def seen_by(site: Site, module: nn.Module, window: int | None) -> tuple[bool, int | None]:
-    """Whether a layer's attention is causal, and how far it sees."""
+def seen_by(site: Site, module: nn.Module, told: Mapping[str, Any]) -> tuple[bool, int | None]:
+    """Whether a layer's attention is causal, and how far it sees. ``told``: the keyword arguments of its call."""
     if site.crosses:
         return False, None
+    # Decoders may be called, or configured, with is_causal=False: then that comes with the call.
+    causal = told.get("is_causal")
     # Layers hand down a window that counts the own key, causal or of both sides (ModernBERT adds it for FlashAttention).
-    return bool(getattr(module, "is_causal", False)), window
+    # Qwen2-MoE keeps its window to itself; a layer without one says so by None.
+    window = told.get("sliding_window", getattr(module, "sliding_window", None))
+    return bool(getattr(module, "is_causal", False) if causal is None else causal), window
 
 
-def documents_mask(stack_pass: Pass, site: Site, module: nn.Module, window: int | None) -> Tensor:
+def documents_mask(stack_pass: Pass, site: Site, seen: tuple[bool, int | None]) -> Tensor:
     """The mask of (query, key) pairs that was not made, bool (B, 1, 1 or Q, K): what a layer's tokens may attend to."""
-    causal, width = seen_by(site, module, window)
+    causal, width = seen
     columns = stack_pass.column_tokens(site)
     if not causal and width is None and not stack_pass.tokens.packed:
         return columns.real[:, None, None]

@@ -139,6 +139,18 @@ class Session:
         """The pass of the stack of this number, if its forward pass is under way."""
         return self._running[number]
 
+    def check_outside(self, module: nn.Module) -> None:
+        """Raise for a layer that should drop and runs outside its stack's forward pass, whose hooks tell it what."""
+        site = self.attention.get(module)
+        replayed = torch._C._current_graph_task_id() != -1  # in backward, of a pass without dropout
+        if site is None or site.stack is None or replayed or not module.training or not self._wants_masks(site.stack):
+            return
+        raise UnsupportedModelError(
+            f"a layer ran without the call of the stack that holds it, so its dropout is unknown (got {site.name!r} outside "
+            f"{type(site.stack.module).__name__}'s own call); call that module and not its layers or its forward (as peft before "
+            "0.21 and AdaLoRA do with a model that has no head)"
+        )
+
     def see_features(self, hidden: Tensor) -> None:
         """The head received ``hidden``."""
         if self.capture:

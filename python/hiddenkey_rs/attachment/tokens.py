@@ -37,6 +37,10 @@ class Tokens:
     aligned: bool
     told: bool = False
     """As :attr:`RowFacts.told`."""
+    crowded: bool = False
+    """Whether some row holds several documents."""
+    packed: bool = False
+    """Whether some row may hold several documents, or none."""
 
     @cached_property
     def branch_order(self) -> tuple[int, ...]:
@@ -85,16 +89,6 @@ class Tokens:
     def columns(self) -> int:
         """The number of positions a mask must cover: the longest document's."""
         return int(self.lengths.max(initial=0))
-
-    @property
-    def crowded(self) -> bool:
-        """Whether some row holds several documents."""
-        return len(self.samples) > len(self.document)
-
-    @property
-    def packed(self) -> bool:
-        """Whether some row may hold several documents."""
-        return len(self.samples) != self.document.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +161,7 @@ def from_packed(
     identifiers = samples[starts]
     lengths = np.zeros(len(identifiers), dtype=np.int64)
     np.maximum.at(lengths, document[real], offsets[real] + 1)
-    copies = len(branches)
+    held, copies = starts.sum(axis=1), len(branches)
     shift = np.repeat(np.arange(copies) * len(identifiers), len(samples))[:, None]
     return Tokens(
         samples=np.tile(identifiers, copies),
@@ -177,6 +171,8 @@ def from_packed(
         position=to_device(torch.from_numpy(np.tile(offsets, (copies, 1))), device),
         real=to_device(torch.from_numpy(np.tile(real, (copies, 1))), device),
         aligned=False,
+        crowded=bool((held > 1).any()),
+        packed=bool((held != 1).any()),
     )
 
 

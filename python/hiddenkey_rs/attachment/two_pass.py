@@ -55,6 +55,9 @@ def compute(
     handle: Handle, model: nn.Module, batch: dict[str, Any], num_items: Any, task_loss: TaskLoss | None = None
 ) -> LossOutput:
     """Both terms of a batch; see :meth:`Handle.compute`."""
+    if batch.get("num_items_in_batch") is not None:  # as the stock model takes it, but for both terms
+        num_items = batch["num_items_in_batch"] if num_items is None else num_items
+        batch = {name: value for name, value in batch.items() if name != "num_items_in_batch"}
     labels = targets(batch)
     if labels is None:
         raise DataError(
@@ -142,8 +145,9 @@ def _on_tokens(
         loss, task, consistency = token_losses(
             head, first, second, labels, kind=kind, both=both, scales=(task_scale, weight * scale)
         )
-    if sharded:
-        # FSDP gathers weights for backward when it reaches what the model returned: here logits of no token.
+    if sharded or getattr(model, "static_graph", False):
+        # FSDP gathers weights for backward when it reaches what the model returned, here logits of no token; there, too,
+        # DDP begins to average where it was told that the graph does not change.
         loss = loss + passes.outputs.logits.sum().to(loss.dtype)
     found = None if second is None else (consistency * scale).detach()
     return LossOutput(loss, (task * task_scale).detach(), found, passes.outputs)

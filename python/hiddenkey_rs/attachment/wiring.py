@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from ..errors import StateError
 
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+_CHECKPOINTS = "_checkpoint_wrapped_module"
+_WRAPPED = ("_orig_mod", _CHECKPOINTS)
 """Where what torch.compile and torch's checkpoint wrappers make of a module holds it. (An adapter's layer computes more.)"""
 
 
 class Wiring:
-    """The ways from a model to some of its modules, by path. A look at all of them costs microseconds."""
+    """The ways from a model to some of its modules, by path. A look at all of them costs microseconds.
 
-    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
+    ``attended``: the paths of attention; ``cut``: those among ``paths`` that are told by their layer's attention what to drop.
+    """
+
+    def __init__(
+        self, model: nn.Module, paths: Iterable[str], attended: Iterable[str] = (), cut: Iterable[str] = ()
+    ) -> None:
         # path -> (who holds it, under which name, what). The model itself is left out: it would be kept alive.
         self._edges: dict[str, tuple[nn.Module | None, str, nn.Module]] = {}
         for path in paths:
-            owner, done = model, ""
-            for name in path.split(".") if path else ():
+            owner = model
+            for done in _ways(path):
+                name = done.rpartition(".")[2]
                 held = owner.get_submodule(name)
-                done = f"{done}.{name}" if done else name
+                while name not in owner._modules:  # seen through a wrapper that was there already
+                    owner = next(owner.get_submodule(inner) for inner in _WRAPPED if inner in owner._modules)
                 self._edges[done] = (None if owner is model else owner, name, held)
                 owner = held
+        shared = {done for path in attended for done in _ways(path)}
+        self._alone = {done for path in cut for done in _ways(path)} - shared
 
     def check(self, model: nn.Module) -> None:
         """A :class:`StateError` if one of the modules was replaced. One that was compiled, or checkpoints, holds it."""
         for path, (owner, name, held) in self._edges.items():
             found = first = (model if owner is None else owner)._modules.get(name)
             while found is not None and found is not held:
+                if path in self._alone and _CHECKPOINTS in found._modules:
+                    raise StateError(
+                        f"an FFN that is checkpointed by itself runs again without its layer's attention, which tells it what to "
+                        f"drop (got {type(found).__name__} at {path!r}); checkpoint whole layers"
+                    )
                 found = next((found._modules[inner] for inner in _WRAPPED if inner in found._modules), None)
             if found is None:
                 raise StateError(
                     f"a module was replaced after attaching, and what took its place drops nothing (got "
                     f"{type(first).__name__} at {path!r}); call detach() on the handle, change the model, and attach again"
                 )
+
+
+def _ways(path: str) -> Iterator[str]:
+    """The path's beginnings, from the shortest: ``a``, ``a.b``, ``a.b.c``."""
+    names = path.split(".") if path else []
+    return (".".join(names[: end + 1]) for end in range(len(names)))
