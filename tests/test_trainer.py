@@ -327,6 +327,25 @@ def test_the_mixin_goes_in_front_of_other_trainers(tmp_path: Path) -> None:
     assert {"realised_rate_cross-attention", "realised_rate_decoder-attention"} <= run.state.log_history[0].keys()
 
 
+def test_a_trainer_with_a_loss_of_its_own_is_refused(tmp_path: Path) -> None:
+    class Weighted(tf.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 2 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    class Mine(hk.HiddenKeyTrainerMixin, Weighted):
+        pass
+
+    class Scaled(hk.HiddenKeyTrainer):  # in front, where it has both passes' loss in its hands
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 2 * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    given = {"args": tf.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), "train_dataset": rows("bert")}
+    message = r"would not use the loss of Weighted \(got Mine, .*give that loss as compute_loss_func="
+    with pytest.raises(hk.ConfigError, match=message):
+        Mine(model=families.build("bert"), **given)
+    Scaled(model=families.build("bert"), stock_dropout="off", **given)
+
+
 def test_question_answering(tmp_path: Path) -> None:
     config_name, _, arguments = families.FAMILIES["bert"]
     places = {"start_positions": torch.tensor([1, 99, 2]), "end_positions": torch.tensor([4, 99, 2])}  # one cut off

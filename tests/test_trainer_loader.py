@@ -24,6 +24,7 @@ from hiddenkey_rs.train import Loader
 from hiddenkey_rs.train.fingerprint import data_parts, weights_digest
 from hiddenkey_rs.train.loader import PaddedRows, Weightless
 from hiddenkey_rs.train.resume import warn_about_generators
+from hiddenkey_rs.train.sample_ids import PaddingId
 from hiddenkey_rs.train.stream import Stream
 
 
@@ -244,7 +245,7 @@ def test_padding_rows_of_any_data_set() -> None:
     assert data.__getitems__([2, 0]) == [data.dataset[2], data.dataset[0]]
     for labels, nothing in ((1, -100), (0.5, 0.0), ([5, 6, 7], [-100] * 3)):
         row = {"input_ids": [5, 6, 7], "labels": labels}
-        batch = Weightless(Collator())([{**row, "sample_id": -1}])
+        batch = Weightless(Collator())([{**row, "sample_id": PaddingId(-1)}])
         assert (batch["labels"].tolist(), batch["sample_id"].tolist()) == ([nothing], [-1])
         assert Weightless(Collator())([{**row, "sample_id": 0}])["labels"].tolist() == [labels]
 

@@ -114,6 +114,7 @@ class Collator:
         multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
         common = (pad_token_id, left, multiple, max_length, vocabulary, not joined, joined or bool(position_ids))
         self._layouts = (Layout(*common), Layout(*common, copy_labels=True))
+        self.buffers = buffers
         self._ring = Ring(buffers, pin_memory) if buffers or pin_memory else None
         self._seen: tuple[Any, Gatherer, NDArray[Any] | None] | None = None
 

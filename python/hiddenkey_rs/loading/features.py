@@ -32,7 +32,7 @@ class Examples:
 def from_features(features: Sequence[Mapping[str, Any]]) -> Examples:
     """The examples of ``features``: ``input_ids``, and where there are any labels, token types and sample ids.
 
-    ``labels`` (or ``label``, ``label_ids``) of one number a token are per token, others per example: numbers, or vectors of
+    ``labels`` (or ``label``, ``label_ids``) of one integer a token are per token, others per example: numbers, or vectors of
     equal length. Other keys are left out.
 
     Raises:
@@ -62,7 +62,9 @@ def from_features(features: Sequence[Mapping[str, Any]]) -> Examples:
     for name in LABELS:
         labels = _column(features, name)
         if labels is not None:
-            if all(array.ndim == 1 and array.size == size for array, size in zip(labels, lengths, strict=True)):
+            # Fractions are no classes of tokens, how many there are says nothing then.
+            whole = all(array.dtype.kind in "iub" or not array.size for array in labels)
+            if whole and all(array.ndim == 1 and array.size == n for array, n in zip(labels, lengths, strict=True)):
                 tokens["labels"] = _flat(labels, name, lengths)
             else:
                 rows["labels"] = _stacked(labels, name)

@@ -114,7 +114,7 @@ def write_file(
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch, custom_metadata={_KEY: json.dumps(asdict(header))})
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes nothing that is open for reading alone
             os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
 
 from ..config import HiddenKeyConfig
 from .ranks import Parts
@@ -58,10 +60,12 @@ def run_parts(config: HiddenKeyConfig, stock_dropout: str, arguments: Any, model
 
 def data_parts(data: Any) -> Parts:
     """The parts of a data set: how many examples, and a digest; its own, or that of :data:`SPOTS` of them."""
-    found = {"data set's size": str(len(data)) if hasattr(data, "__len__") else "unknown"}
+    sized = has_length(data)
+    found = {"data set's size": str(len(data)) if sized else "unknown"}
     if isinstance(digest := getattr(data, "digest", None), str):
         return {**found, "data": digest}
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or not len(data):
+    # Iterable ones inherit a __getitem__ from torch's data sets, and may have a length besides.
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or not sized or not len(data):
         return found
     rows = sorted({int(row) for row in np.linspace(0, len(data) - 1, SPOTS)})
     spots = _spots(data, rows)

@@ -16,7 +16,7 @@ from ..loading.sampler import BatchSampler
 from ..losses import IGNORED
 from ..serialise import choice
 from . import ranks
-from .sample_ids import SAMPLE_ID, WithSampleIds
+from .sample_ids import SAMPLE_ID, PaddingId, WithSampleIds
 from .stores import is_store
 from .stream import Stream
 
@@ -88,15 +88,19 @@ def check_loader(trainer: Any, loader: Loader | None) -> None:
                 f"loader='hiddenkey' shares batches over data-parallel ranks (got {name}={getattr(parallel, name)}); "
                 "use loader='stock'"
             )
-    for name, why in _CONTRADICTIONS.items():
-        if getattr(trainer.args, name):
-            raise ConfigError(f"{name} {why} (got True); leave it False with loader='hiddenkey'")
+    for name, (wrong, why) in _CONTRADICTIONS.items():
+        if any(getattr(part, name, None) is wrong for part in (trainer.args, trainer.args.accelerator_config)):
+            raise ConfigError(f"{name} {why} (got {wrong}); leave it {not wrong} with loader='hiddenkey'")
 
 
 _CONTRADICTIONS = {
-    "ignore_data_skip": "would train on an epoch's first batches again, where finding the place costs nothing",
-    "auto_find_batch_size": "would change the global batch on its way",
+    "ignore_data_skip": (True, "would train on an epoch's first batches again, where finding the place costs nothing"),
+    "auto_find_batch_size": (True, "would change the global batch on its way"),
+    "dataloader_in_order": (False, "would mix the micro-batches of steps, and lose some at a resumption"),
+    "dispatch_batches": (True, "would make all batches on one rank, where each makes its own"),
+    "split_batches": (True, "would cut a global batch otherwise than it is shared out"),
 }
+"""Of the training arguments or of their accelerator_config: what goes against our batches, and why."""
 
 
 def _check_sharding(trainer: Any) -> None:
@@ -158,7 +162,6 @@ _KEPT = (
     "multiprocessing_context",
     "prefetch_factor",
     "persistent_workers",
-    "in_order",
 )
 
 
@@ -171,10 +174,15 @@ class PaddedRows(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def __getattr__(self, name: str) -> Any:
+        if name != "set_epoch":  # which a loader calls where there is one
+            raise AttributeError(name)
+        return self.dataset.set_epoch
+
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         """The examples of a batch."""
         if list(rows) == [-1]:
-            return [{**self.dataset[0], SAMPLE_ID: -1}]
+            return [{**self.dataset[0], SAMPLE_ID: PaddingId(-1)}]
         if hasattr(self.dataset, "__getitems__"):
             return list(self.dataset.__getitems__(list(rows)))
         return [self.dataset[row] for row in rows]
@@ -188,7 +196,7 @@ class Weightless:
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """The collator's batch."""
-        padding = len(features) == 1 and isinstance(features[0].get(SAMPLE_ID), int) and features[0][SAMPLE_ID] < 0
+        padding = len(features) == 1 and isinstance(features[0].get(SAMPLE_ID), PaddingId)
         batch = dict(self.collator(features))
         if padding and isinstance(batch.get("labels"), torch.Tensor):
             labels = batch["labels"]
@@ -201,8 +209,13 @@ def _lengths(data: Any, args: Any) -> Any:
     if not len(data):
         raise DataError("the training set is empty (got 0 examples); check that the data set was read")
     if hasattr(data, "lengths"):
+        if len(data.lengths) != len(data):
+            raise DataError(
+                f"a data set has other lengths than rows (got {len(data.lengths)} for {len(data)}); give one number a row, or "
+                "call the attribute otherwise"
+            )
         return data
-    return np.asarray(list(_plain(data)[_column(args)])) if _knows_lengths(data, args) else len(data)
+    return np.asarray(_plain(data)[_column(args)][:]) if _knows_lengths(data, args) else len(data)
 
 
 def _knows_lengths(data: Any, args: Any) -> bool:

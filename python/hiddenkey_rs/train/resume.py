@@ -112,15 +112,15 @@ def check_data(folder: str, parts: Mapping[str, str]) -> None:
         )
 
 
-def check_place(folder: str, epoch: float) -> None:
-    """A :class:`StateError` inside an epoch but the first of rows that are grouped by length.
+def check_place(folder: str, epoch: float, drawn: str) -> None:
+    """A :class:`StateError` inside an epoch but the first of rows that are ``drawn`` from torch's global generator.
 
     transformers draws their order from the generator that the epochs before have used, and draws it anew before it has put
     that generator back: other rows would be skipped than were seen.
     """
     if epoch > 1 and not epoch.is_integer():
         raise StateError(
-            f"the stock loader cannot find its place among rows that are grouped by length (got {folder!r} in the middle of "
+            f"the stock loader cannot find its place among rows that are {drawn} (got {folder!r} in the middle of "
             f"epoch {int(epoch) + 1}); resume at an epoch's end, or train with loader='hiddenkey', which sorts by length, too"
         )
 

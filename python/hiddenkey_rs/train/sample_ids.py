@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, groupby, pairwise
 from typing import Any
@@ -18,6 +19,10 @@ SAMPLE_ID = "sample_id"
 
 SAMPLE_POSITION = "sample_position"
 """Beside one id a token: every token's place in its example. Without it examples are runs of equal ids."""
+
+
+class PaddingId(int):
+    """The id of a padding row, -1: the data set itself has no example of it."""
 
 
 class WithSampleIds(Dataset[dict[str, Any]]):
@@ -72,7 +77,7 @@ class SampleIdCollator:
         """The inner collator's batch with ``sample_id`` beside it."""
         missing = [number for number, feature in enumerate(features) if SAMPLE_ID not in feature]
         if not self.required and not any(isinstance(feature.get(SAMPLE_ID), _SEVERAL) for feature in features):
-            return dict(self.collator(features))  # one id an example is for the collator to know, as it always was
+            return dict(self.collator([_without_words(feature) for feature in features]))
         if missing:
             raise DataError(
                 f"an example has no sample id (got fields {', '.join(map(str, features[missing[0]]))}); give an iterable "
@@ -81,11 +86,12 @@ class SampleIdCollator:
         ids = [feature[SAMPLE_ID] for feature in features]
         rest = [{name: value for name, value in feature.items() if name not in _OWN} for feature in features]
         batch = dict(self.collator(rest))
-        by_token = [torch.as_tensor(given).dim() == 1 for given in ids]
+        ids = [given if np.ndim(given) == 1 else _number(given) for given in ids]
+        by_token = [np.ndim(given) == 1 for given in ids]
         if not any(by_token) and not _flattened(batch):
-            return {**batch, SAMPLE_ID: torch.tensor([int(given) for given in ids], dtype=torch.int64)}
+            return {**batch, SAMPLE_ID: torch.tensor(ids, dtype=torch.int64)}
         spread = [
-            given if listed else [int(given)] * len(feature["input_ids"])
+            given if listed else [given] * len(feature["input_ids"])
             for given, listed, feature in zip(ids, by_token, features, strict=True)
         ]
         batch[SAMPLE_ID] = _lay(spread, batch, SAMPLE_ID)
@@ -95,6 +101,27 @@ class SampleIdCollator:
             # Two examples of one id side by side: only their positions tell where the second begins.
             batch[SAMPLE_POSITION] = _lay([_counted(part) for part in spread], batch, SAMPLE_POSITION)
         return batch
+
+
+def _number(given: Any) -> int:
+    value = given.item() if isinstance(given, (Tensor, np.ndarray, np.generic)) else given
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or not (0 <= value < 1 << 63 or isinstance(value, PaddingId))
+    ):
+        raise DataError(
+            f"a sample id is a whole number from 0 up (got {value!r}); number the examples in the column {SAMPLE_ID!r}, or call "
+            "it otherwise and each one's row is taken"
+        )
+    return value
+
+
+def _without_words(feature: dict[str, Any]) -> dict[str, Any]:
+    """An example to evaluate: its id is for the collator to know, as it always was, but for text, which none pads."""
+    if not isinstance(feature.get(SAMPLE_ID), str):
+        return feature
+    return {name: value for name, value in feature.items() if name != SAMPLE_ID}
 
 
 _OWN = (SAMPLE_ID, SAMPLE_POSITION)
@@ -128,6 +155,12 @@ def _lay(parts: Sequence[Any], batch: Mapping[str, Any], name: str) -> Tensor:
     laid = torch.full(tokens.shape, -1, dtype=torch.int64)
     laid[real] = flat
     return laid
+
+
+def is_hub_data(dataset: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``; that package need not be there."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(dataset, datasets.Dataset)
 
 
 def with_sample_ids(dataset: Any) -> Any:

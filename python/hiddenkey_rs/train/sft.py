@@ -47,6 +47,8 @@ class HiddenKeySFTTrainer(HiddenKeyTrainerMixin, SFTTrainer):
         UnsupportedModelError: a model that cannot be attached to.
     """
 
+    _known_losses = (SFTTrainer,)
+
     def __init__(
         self,
         model: Any,

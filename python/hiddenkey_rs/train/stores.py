@@ -25,8 +25,14 @@ def check_stores(collator: Any, train: Any, evaluated: Any) -> None:
     """Of a Trainer's arguments: that a store is taken as it is, and that nobody counts on a collator that is not called.
 
     Raises:
-        ConfigError: another collator than ours where there are stores and nothing else. DataError: a part of a store.
+        ConfigError: another collator than ours where there are stores and nothing else; a collator that writes over its
+            batches. DataError: a part of a store.
     """
+    if isinstance(collator, Collator) and collator.buffers:
+        raise ConfigError(
+            f"the Trainer holds all batches of a step at once (got a Collator with buffers={collator.buffers}, which would "
+            "write over them); leave buffers out"
+        )
     if isinstance(train, Subset) and is_store(_whole(train)):
         raise DataError(
             f"a part of a store is no training set (got Subset of {type(_whole(train)).__name__}); make a store of the "
@@ -57,14 +63,14 @@ class StoreCollator:
         return dict(self.examples(batch))
 
     @classmethod
-    def around(cls, trainer: Any) -> Any:
-        """The trainer's collator, made to take rows of a store if a data set of it is one.
+    def around(cls, trainer: Any, *later: Any) -> Any:
+        """The trainer's collator, made to take rows of a store if a data set of it is one, or one that it got ``later``.
 
         Raises:
             DataError: a store holds ids that the model does not know.
             ConfigError: a collator of ours whose layout goes with none of the stores.
         """
-        collator, sets = trainer.data_collator, (trainer.train_dataset, *_sets(trainer.eval_dataset))
+        collator, sets = trainer.data_collator, (trainer.train_dataset, *_sets(trainer.eval_dataset), *later)
         stores = [whole for data in sets if is_store(whole := _whole(data))]
         for store in stores:
             known = trainer.model.get_input_embeddings().weight.shape[0]

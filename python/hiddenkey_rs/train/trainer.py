@@ -12,23 +12,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers.trainer_utils import has_length
 
 from ..attachment import Handle, attach
 from ..attachment.compared import targets
 from ..attachment.handle import attached_session
 from ..config import HiddenKeyConfig
+from ..errors import ConfigError
 from ..loading.collator import PLAN
 from ..loading.planned import check_split
 from . import ranks
 from .fingerprint import data_parts, run_parts
 from .loader import Loader, check_loader, order_of, stream_of, streaming
 from .resume import check_data, check_place, checked_checkpoint, save_data, warn_about_generators
-from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, with_sample_ids
+from .sample_ids import SAMPLE_ID, SAMPLE_POSITION, WithSampleIds, is_hub_data, with_sample_ids
 from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
 
 _RATE = "realised_rate_"
+_DRAWN = {
+    ("group_by_length", True): "grouped by length",
+    ("group_by_length", False): "grouped by length",
+    ("random", False): "drawn without use_seedable_sampler",
+}
+"""(The order, whether its sampler has a seed of its own) -> what is drawn from torch's global generator."""
 
 if TYPE_CHECKING:  # the mixin is read as what it stands in front of; it has no base, so that it fits every Trainer
     from transformers import Trainer as _Trainer
@@ -37,7 +45,7 @@ else:
 
 
 class HiddenKeyTrainerMixin(_Trainer):
-    """Put in front of any ``transformers.Trainer`` class.
+    """Put in front of a ``transformers.Trainer`` class that leaves ``compute_loss`` to it, such as ``Seq2SeqTrainer``.
 
     Takes the Trainer's arguments and:
         config: what to drop (default: HiddenKey), a :class:`~hiddenkey_rs.HiddenKeyConfig` or a preset's name.
@@ -52,11 +60,15 @@ class HiddenKeyTrainerMixin(_Trainer):
     micro-batches changes nothing but rounding. Logs gain ``task_loss``, ``consistency_loss`` and
     ``realised_rate_<site>``. Evaluation is the stock model's. ``handle`` is the :class:`~hiddenkey_rs.Handle`.
 
+    A loss of one's own is ``compute_loss_func``: it is called with ``(outputs, labels, num_items_in_batch=None)`` for every
+    micro-batch and returns a mean over what carries loss, which is weighted by its share of the global batch.
+
     On several ranks all of this is over all of them, whatever ``average_tokens_across_devices`` says. Before the first
     step they compare what they hold.
 
     Raises:
-        ConfigError: arguments at odds with each other, with the launcher or with accelerate.
+        ConfigError: arguments at odds with each other, with the launcher or with accelerate; a class behind the mixin that
+            computes a loss of its own.
         DataError: examples without ids, ids beyond the vocabulary, a part of a token store.
         UnsupportedModelError: a model that cannot be attached to.
         StateError: from ``train(resume_from_checkpoint=...)``, where going on would train something else.
@@ -82,6 +94,8 @@ class HiddenKeyTrainerMixin(_Trainer):
 
     handle: Handle
     train_dataset: Any
+    _known_losses: tuple[type, ...] = ()
+    """Classes behind this one whose ``compute_loss`` a subclass stands in for."""
 
     def __init__(
         self,
@@ -92,6 +106,7 @@ class HiddenKeyTrainerMixin(_Trainer):
         loader: Loader | str = "auto",
         **kwargs: Any,
     ) -> None:
+        self._check_loss()
         self._hiddenkey = (config, stock_dropout, impl)
         names = ("model", "args", "data_collator", "train_dataset", "eval_dataset")  # the Trainer's, in its order
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -121,6 +136,18 @@ class HiddenKeyTrainerMixin(_Trainer):
         self._stream: Stream | None = None
         self._checkpoint: str | None = None
 
+    @classmethod
+    def _check_loss(cls) -> None:
+        """Raise for a class behind this one whose loss would be left to evaluation, as training needs both passes'."""
+        for behind in cls.__mro__[cls.__mro__.index(HiddenKeyTrainerMixin) + 1 :]:
+            if behind is transformers.Trainer:
+                return
+            if "compute_loss" in vars(behind) and behind not in cls._known_losses:
+                raise ConfigError(
+                    f"training would not use the loss of {behind.__name__} (got {cls.__name__}, where its compute_loss stands "
+                    "behind the mixin); give that loss as compute_loss_func=, which takes (outputs, labels)"
+                )
+
     def _check_given(self) -> None:
         """Raise for what this Trainer was given and cannot follow, before anything is attached."""
         check_loader(self, self._loader)
@@ -145,7 +172,7 @@ class HiddenKeyTrainerMixin(_Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The Trainer's loader, with sample ids carried around its collator, and its batches or ours."""
-        with self._carrying_ids():
+        with self._carrying_ids(), self._without_unused():
             loader = super().get_train_dataloader()
         with ranks.together():
             if self._loader is not None:
@@ -156,28 +183,47 @@ class HiddenKeyTrainerMixin(_Trainer):
         self._compare_ranks(loader)
         return loader
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The Trainer's loader. Rows of one id a token, which no other collator pads, are for evaluation, too."""
-        with self._carrying_ids(required=False):
-            return super().get_eval_dataloader(*args, **kwargs)
+        with self._carrying_ids(False, eval_dataset):
+            return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
         """As :meth:`get_eval_dataloader`."""
-        with self._carrying_ids(required=False):
-            return super().get_test_dataloader(*args, **kwargs)
+        with self._carrying_ids(False, test_dataset):
+            return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _carrying_ids(self, required: bool = True) -> Iterator[None]:
+    def _carrying_ids(self, required: bool = True, later: Any = None) -> Iterator[None]:
         collator = self.data_collator
-        self.data_collator = StoreCollator.with_ids(collator, required)
+        self.data_collator = StoreCollator.with_ids(StoreCollator.around(self, later), required)
         try:
             yield
         finally:
             self.data_collator = collator
 
+    @contextmanager
+    def _without_unused(self) -> Iterator[None]:
+        """Columns that the model does not take leave before they are read, as where the Trainer sees the data set."""
+        data = self.train_dataset
+        if isinstance(data, WithSampleIds) and is_hub_data(data.dataset):
+            self.train_dataset = WithSampleIds(self._remove_unused_columns(data.dataset, description="training"))
+        try:
+            yield
+        finally:
+            self.train_dataset = data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's, of the data set that it was given: it asks that one for lengths."""
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self._loader is not None:  # ours comes in its place, and reading all lengths takes long
+            return SequentialSampler(data)
+        return super()._get_train_sampler(data.dataset if isinstance(data, WithSampleIds) else data)
+
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         if isinstance(data_collator, StoreCollator):  # a store holds nothing that a batch does not
-            return data_collator
+            examples = super()._get_collator_with_removed_columns(data_collator.examples, description)
+            return StoreCollator(data_collator.rows, examples)
         return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _compare_ranks(self, loader: Any) -> None:
@@ -335,9 +381,9 @@ class HiddenKeyTrainerMixin(_Trainer):
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         state = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json"))
-        grouped = order_of(self.args) == "group_by_length" and has_length(self.train_dataset)
-        if self._loader is None and grouped and not self.args.ignore_data_skip:
-            check_place(found, float(state.epoch or 0))
+        drawn = _DRAWN.get((order_of(self.args), bool(self.args.accelerator_config.use_seedable_sampler)))
+        if drawn and self._loader is None and has_length(self.train_dataset) and not self.args.ignore_data_skip:
+            check_place(found, float(state.epoch or 0), drawn)
         self._begin = state.global_step
         return found
 
