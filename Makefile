@@ -48,8 +48,8 @@ test-rust:
 	@cargo test -q
 
 lint: setup lint-rust ## formatters, linters, types, import directions, stubs
-	@$(BIN)/ruff check python tests
-	@$(BIN)/ruff format --check python tests
+	@$(BIN)/ruff check python tests benches
+	@$(BIN)/ruff format --check python tests benches
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m mypy.stubtest hiddenkey_rs._core --mypy-config-file tests/stubtest.ini
@@ -61,8 +61,8 @@ lint-rust: $(VENV)/.python
 
 format: setup ## let the formatters write
 	@cargo fmt
-	@$(BIN)/ruff check -q --fix python tests
-	@$(BIN)/ruff format -q python tests
+	@$(BIN)/ruff check -q --fix python tests benches
+	@$(BIN)/ruff format -q python tests benches
 
 bench: ## the mask core's lane orders, nanoseconds a decision
 	@cargo bench -q --bench lane_order

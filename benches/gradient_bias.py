@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1)
     parser.add_argument("--draws", type=int, default=24)
     options = parser.parse_args()
-    settle(1)
+    settle(1, bf16=False)
     undropped = mean_gradients("none", None, 1, options.data)
     for preset in ("dropkey-column", "dropkey-element", "dropattention-column", "dropattention-element"):
         found = mean_gradients(preset, options.rate, options.draws, options.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_rows_tables_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {row["case"] for row in rows} >= {"span DropKey", "growth from L 6"}
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert "ms, column DropKey, 3x8, float32  L 6" in printed
+    assert "ms, column DropKey, 3x8, float32, 1 thread(s)  L 6" in printed
     assert "of SDPA, column DropKey, 3x8, float32" in printed
     assert "boolean row 0.3" in printed
     assert "against a boolean row mask" in printed
@@ -139,6 +140,18 @@ def row(length: int, ours: float, boolean: float, plain: float = 1.0, rate: floa
         Row("attention", "column DropKey", sizes, 1, "ms", part(ours), part(plain, name=PLAIN)),
         Row("attention", "column DropKey", sizes, 1, "ms", part(ours), part(boolean, name=BOOLEAN), first=False),
     ]
+
+
+def test_thread_counts_have_tables_of_their_own() -> None:
+    rows = [
+        replace(one, threads=threads)
+        for threads in (1, 2)
+        for one in (*row(128, threads, 2.0), *row(256, threads, 2.0))
+    ]
+    assert [name.rsplit(", ", 1)[1] for name in attention_tables.layouts(rows)] == ["1 thread(s)", "2 thread(s)"]
+    first, *others = attention_tables.tables(rows)
+    assert [line["threads"] for line in first] == ["1", "1", "2", "2"]
+    assert [table[0]["L 128"] for table in others] == ["1.00", "1.00", "2.00", "2.00"]
 
 
 def test_crossover_and_growth() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hiddenkey_rs import masks
 from hiddenkey_rs.benchmarks import (
     batches,
     batches_collate,
@@ -20,6 +21,7 @@ from hiddenkey_rs.benchmarks import (
     batches_training,
     harness,
 )
+from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.loading.collator import Collator
 from hiddenkey_rs.loading.sampler import BatchSampler
 
@@ -88,9 +90,9 @@ def test_a_run_is_timed_from_loader_to_optimiser(monkeypatch: pytest.MonkeyPatch
     tiny = batches_training.Shape("encoder", layers=1, hidden=32, heads=2, vocab=30_000, length=128, batch=32)
     monkeypatch.setattr(batches_training, "_MINILM", tiny)
     monkeypatch.setattr(batches_training, "_WORKERS", (0,))
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads(), masks.get_num_threads()
     rows = list(batches_training.rows(2, 1, PLACE))
-    torch.set_num_threads(threads)
+    assert (torch.get_num_threads(), masks.get_num_threads()) == threads
     assert [row.case for row in rows] == ["waiting for data", "an example of a run"]
     assert all(row.checked for row in rows)
     assert [row.ours["n"] for row in rows] == [2, 1]  # a share a step; all seconds over all examples
@@ -108,4 +110,16 @@ def test_ranks_that_are_none_are_refused() -> None:
     command = [sys.executable, "-m", "hiddenkey_rs", "bench", "batches", "--simulate-ranks", "64,0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "ranks are numbers in 1..=65536" in done.stderr
+    assert "ranks are numbers in 1..=8192" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "8"], "unrecognized arguments: --threads 8"),
+        (["--quick", "--simulate-ranks", "4"], "ranks are simulated at one size (got --quick"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(flags: list[str], message: str, capsys) -> None:
+    assert main(["bench", "batches", *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -6,13 +6,14 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hiddenkey_rs.benchmarks import step, step_checks, step_memory, step_models, step_profile
+from hiddenkey_rs.benchmarks.harness import Row
 from hiddenkey_rs.benchmarks.step_models import MINUS, NONE, Runner, Shape
 from hiddenkey_rs.cli.main import main
 from hiddenkey_rs.ops import sdpa
@@ -186,6 +187,23 @@ def test_make_gpu_says_what_it_did_not_do(
     monkeypatch.setattr(gpu, "SECTIONS", sections)
     assert gpu.Run(tmp_path, dry=True, seconds=60.0).everything() == code
     assert said in (tmp_path / "gpu_dry_run.md").read_text()
+
+
+def test_thread_counts_are_kept_apart(tmp_path: Path) -> None:
+    def row(threads: int, ours: float) -> Row:
+        one, other = ({"median": x, "p10": x, "p90": x, "n": 2} for x in (ours, 2 * ours))
+        case = f"{ENCODER.label}, HiddenKey-"
+        return Row(
+            "step", case, asdict(ENCODER), threads, "ms", one, {"name": NONE.name, **other}, about={"profile": []}
+        )
+
+    rows = [row(1, 8.0), row(2, 3.0)]
+    models = step._by_model(rows)
+    assert list(models) == [f"{ENCODER.label}, {n} thread(s)" for n in (1, 2)]
+    assert [len(mine) for mine in models.values()] == [1, 1]
+    assert list(step._by_model(rows[:1])) == [ENCODER.label]
+    step.plot(rows, str(tmp_path / "p.png"))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

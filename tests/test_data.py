@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import families
 from hiddenkey_rs import ConfigError, DataError
 from hiddenkey_rs.experiments import data, demo_data, features, metrics, models, report, tasks
 
@@ -82,8 +83,10 @@ def test_missing_files_name_their_neighbours(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not exist either"):
         data.read_rows(tmp_path / "nowhere" / "train.jsonl")
     (tmp_path / "RTE").mkdir()
-    with pytest.raises(DataError, match=r"without 'MRPC'; it holds RTE"):
-        data.task_splits(tasks.TASKS["mrpc"], tmp_path)
+    with pytest.raises(DataError, match=r"without 'E2E'; it holds RTE"):
+        data.task_splits(tasks.TASKS["e2e"], tmp_path)
+    with pytest.raises(DataError, match=r"without 'MRPC'; it holds nothing"):
+        data.task_splits(tasks.TASKS["mrpc"], tmp_path / "nowhere")
 
 
 def test_own_files_hold_out_and_name_their_classes(tmp_path: Path) -> None:
@@ -95,6 +98,34 @@ def test_own_files_hold_out_and_name_their_classes(tmp_path: Path) -> None:
     assert again == splits
     both = data.file_splits(TASK, str(path), str(path), str(path), seed=3)
     assert len(both.train) == len(both.dev) == len(both.test or []) == 10
+
+
+def test_what_shares_a_source_is_held_out_together() -> None:
+    rows = [{"source": f"s{n // 8}", "target": f"t{n}"} for n in range(96)]
+    rest, held = data.hold_out(rows, 3, "a file", "source")
+    assert len(held) == 16, "two sources, as one is less than a tenth"
+    assert not {row["source"] for row in held} & {row["source"] for row in rest}
+    assert sorted(rest + held, key=rows.index) == rows
+    with pytest.raises(DataError, match=r"too few rows .*\(got 8 with one 'source' in 'a file'\); give --dev-file"):
+        data.hold_out(rows[:8], 3, "a file", "source")
+
+
+@pytest.mark.parametrize(
+    ("family", "room"),
+    [("bert", 40), ("roberta", 38), ("gpt2", 40), ("opt", 40), ("bart", 40), ("llama", None), ("t5", None)],
+)
+def test_a_row_has_a_place_for_every_token(family: str, room: int | None) -> None:
+    model = families.build(family)
+    asked = [features.longest_row(None, TASK, model), features.longest_row(room or 4000, TASK, model)]
+    assert asked[0] <= (room or TASK.max_length)
+    assert asked[1] == (room or 4000)
+    if room is not None:
+        ids = torch.full((1, room), 7)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        with pytest.raises(
+            ConfigError, match=rf"no place for so many tokens \(got max_length {room + 1}, it has {room}\)"
+        ):
+            features.longest_row(room + 1, TASK, model)
 
 
 def test_a_data_set_by_its_name_in_the_datasets_library(tmp_path: Path) -> None:

@@ -64,6 +64,24 @@ def test_one_beam_takes_the_likeliest_token(tiny: tuple[Any, Any]) -> None:
         assert text == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
 
 
+def test_a_models_own_generation_config_adds_no_rules(tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny
+    decoding = Decoding(beams=3, no_repeat=0, max_new_tokens=12)
+    expected = generate(model, tokenizer, SOURCES, decoding)
+    for name, value in {
+        "no_repeat_ngram_size": 1,
+        "early_stopping": True,
+        "min_length": 60,
+        "repetition_penalty": 3.0,
+    }.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert generate(model, tokenizer, SOURCES, decoding) == expected
+    scripted = Scripted([65], encoder_decoder=True)
+    generate(scripted, tokenizer, ["a"], decoding)
+    asked = scripted.calls[0]["generation_config"].to_dict()
+    assert (asked["encoder_no_repeat_ngram_size"], asked["encoder_repetition_penalty"]) == (0, 1.0)
+
+
 def test_batches_and_padding_do_not_show(tiny: tuple[Any, Any]) -> None:
     together = generate(*tiny, SOURCES, SHORT)
     assert len(set(together)) > 1
@@ -210,6 +228,12 @@ def test_texts_are_written_and_scored(tmp_path: Path) -> None:
     assert found["absent"] == {}
 
 
+def test_texts_with_any_line_ends_are_read_again(tmp_path: Path) -> None:
+    groups = [Group("c\u2028d", ("C\x85.", "e\r"), None), Group("", ("f",), "seen")]
+    generation.write_texts(tmp_path / "texts.jsonl", groups, ["a\u2029b", "\n"])
+    assert generation.read_texts(tmp_path / "texts.jsonl") == (groups, ["a\u2029b", "\n"])
+
+
 def test_the_papers_decoding() -> None:
     assert generation.decoding_for(E2E) == Decoding(10, 0.9, 4)
     assert generation.decoding_for(tasks.TASKS["webnlg"], beams=2) == Decoding(2, 0.8, 4)
@@ -243,7 +267,8 @@ def test_texts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = generation.generate_run(out, "test", ["ter"], limit=1, beams=1, max_new_tokens=8)
     assert (found["split"], found["groups"]) == ("test", 1)
     assert "1/1" in capsys.readouterr().err
-    groups, texts = generation.read_texts(out / "generated-test.jsonl")
+    assert found["file"] == str(out / "generated-test-first-1.jsonl")
+    groups, texts = generation.read_texts(out / "generated-test-first-1.jsonl")
     assert groups == [Group("a", ("A one.", "A two."), "seen")]
     assert texts == generate(model, models.byte_tokenizer(), ["a"], decoding)
     plain = models.load_model("gpt2-tiny", E2E, 0)[0]
@@ -261,7 +286,11 @@ def test_texts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "--batch-size",
         "1",
     ]
+    assert main([*command, "--json", str(tmp_path / "nowhere" / "scores.json")]) == 2
+    assert not (out / "generated-test.jsonl").exists(), "found out before the work"
+    capsys.readouterr()
     assert main([*command, "--json", str(tmp_path / "scores.json")]) == 0
+    assert len(generation.read_texts(out / "generated-test.jsonl")[1]) == 2
     printed, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
     assert scores["decoding"]["beams"] == scores["decoding"]["batch_size"] == 1
     assert f"{scores['groups']} texts ({scores['empty']} empty)" in printed
@@ -296,6 +325,7 @@ def test_no_room_for_a_prompt() -> None:
         ({"no_repeat": -1}, r"no_repeat must be a whole number from 0 up \(got -1\)"),
         ({"max_new_tokens": 1.5}, r"max_new_tokens must be a whole number from 1 up \(got 1.5\)"),
         ({"batch_size": True}, r"batch_size must be a whole number from 1 up \(got True\)"),
+        ({"length_penalty": float("nan")}, r"length_penalty must be a number \(got nan\)"),
     ],
 )
 def test_hostile_decodings(changes: dict[str, Any], message: str) -> None:

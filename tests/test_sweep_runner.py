@@ -91,6 +91,12 @@ def better_second(trial: Trial) -> ResultLine:
     return line(trial, 0.9 if "/1/" in trial.id else 0.6)
 
 
+def test_fewer_retries_than_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_in(tmp_path)
+    assert main(["sweep", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "out"), "--retries", "-1"]) == 2
+    assert "--retries must be at least 0 (got -1)" in capsys.readouterr().err
+
+
 def test_finals_are_the_winners_on_every_final_seed(tmp_path: Path) -> None:
     sweep, pool = sweep_in(tmp_path), FakePool(better_second)
     assert sweep.run(lambda: pool) == 0
@@ -434,7 +440,7 @@ def test_a_process_is_replaced_after_its_trials_or_a_failure(
 
 @pytest.mark.slow
 def test_a_process_that_died_idle_is_replaced(tmp_path: Path) -> None:
-    text = PLAN.replace("task: demo", "task: mrpc")
+    text = PLAN.replace("task: demo", "task: webnlg-category")
     (tmp_path / "plan.yaml").write_text(text)
     trial = load_plan(tmp_path / "plan.yaml", str(tmp_path)).search()[0]
     pool = workers.Workers(1, 1, "x", "command")
@@ -443,7 +449,7 @@ def test_a_process_that_died_idle_is_replaced(tmp_path: Path) -> None:
         pool._idle[0].process.join()
         pool.submit(trial)
         ((_, outcome),) = pool.finished(60)
-        assert "MRPC" in str(outcome)
+        assert "WebNLG" in str(outcome)
     finally:
         pool.close()
 

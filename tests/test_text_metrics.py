@@ -309,14 +309,25 @@ def test_a_test_set_of_other_classes_only_is_none(tmp_path: Path) -> None:
     assert data.task_splits(tasks.TASKS["webnlg-category"], tmp_path).test is None
 
 
-def test_qnli_comes_from_the_hub_where_the_folder_has_it_not(tmp_path: Path) -> None:
+def test_a_task_of_glue_comes_from_the_hub_where_no_folder_has_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert {name for name, task in tasks.TASKS.items() if task.hub == ("nyu-mll/glue", name)} == {
+        *("mrpc", "rte", "stsb", "sst2", "cola", "qnli")
+    }
     task = tasks.TASKS["qnli"]
-    assert task.hub == ("nyu-mll/glue", "qnli")
     rows = [{"question": f"q {n}", "sentence": f"s {n}", "label": n % 2} for n in range(4)]
     for split in ("train", "validation"):
         write(tmp_path / "hub" / f"{split}.jsonl", rows)
-    splits = data.task_splits(replace(task, hub=(str(tmp_path / "hub"), None)), tmp_path)
+    there = replace(task, hub=(str(tmp_path / "hub"), None))
+    splits = data.task_splits(there, tmp_path)
     assert [row["label"] for row in splits.dev] == [0, 1, 0, 1]
+    assert "has no folder QNLI: the task comes from" in caplog.text
+    assert data.task_splits(there, None) == splits
+    other = replace(there, fields=("sentence2", "sentence1"), hub_fields=("question", "sentence"))
+    assert data.task_splits(other, None).dev[3] == {"sentence2": "q 3", "sentence1": "s 3", "label": 1, "__line__": 3}
+    with pytest.raises(ConfigError, match=r"the task is in no library \(got 'e2e' without data\); give --data DIR"):
+        data.task_splits(tasks.TASKS["e2e"], None)
     with pytest.raises(DataError, match=r"the data set cannot be loaded \(got 'no/such-set'"):
         data.task_splits(replace(task, hub=("no/such-set", None)), tmp_path)
     for split in ("train", "dev"):

@@ -7,6 +7,7 @@ selectable. Standard library only, so that a config can be read and checked anyw
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ def threshold(rate: float) -> int:
 
 def check_rate(rate: Any, name: str, closed: bool = False) -> float:
     """``rate`` as a float in [0, 1) (``closed``: [0, 1]), or a :class:`ConfigError`."""
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)  # NumPy's scalars are such, too
     if not number or not (0 <= rate < 1 or (closed and rate == 1)):
         raise ConfigError(
             f"{name} must be a number in [0, 1{']' if closed else ')'} (got {shown(rate)}); 0 drops nothing"

@@ -50,6 +50,7 @@ def cells(row: Row) -> dict[str, str]:
         "L": str(sizes["length"]),
         "B": str(sizes["batch"]),
         "heads": _heads(sizes),
+        "threads": str(row.threads),
         "rate": str(sizes["rate"]),
         "unit": row.unit,
         "ours": figure(row.ours["median"]),
@@ -75,8 +76,9 @@ def bound(goal: Goal | None) -> str:
 
 
 def layout(row: Row) -> str:
-    """Which rows belong into one table: what was dropped, over which heads."""
-    return f"{row.case.removesuffix(', not gathered')}, {_heads(row.sizes)}, {row.sizes['dtype']}"
+    """Which rows belong into one table: what was dropped, over which heads, on how many threads."""
+    where = "" if row.about.get("device") == "cuda" else f", {row.threads} thread(s)"
+    return f"{row.case.removesuffix(', not gathered')}, {_heads(row.sizes)}, {row.sizes['dtype']}{where}"
 
 
 def layouts(rows: Sequence[Row]) -> list[str]:
@@ -91,7 +93,7 @@ def by_length(rows: Sequence[Row]) -> tuple[Lines, Lines]:
     for row in rows:
         if not row.checked or row.unit != "ms":
             continue
-        base = next(r for r in rows if r.first and r.sizes == row.sizes).peer["median"]
+        base = next(r for r in rows if r.first and (r.sizes, r.threads) == (row.sizes, row.threads)).peer["median"]
         for name, median in ((_ours(row), row.ours["median"]), (row.peer["name"], row.peer["median"])):
             # Undropped attention does not depend on the rate; the first rate's stands for it.
             label = name if name in (PLAIN, FLASH) else f"{name} {row.sizes['rate']}"
@@ -150,7 +152,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
     axes[0].legend(frameon=False, fontsize=7)
     place = mine[0].about
     device = place["versions"].get("gpu", place["cpu"])
-    picture.suptitle(f"{name}; {device}, {mine[0].threads} thread(s)", x=0.01, ha="left", fontsize=11)
+    picture.suptitle(f"{name}; {device}", x=0.01, ha="left", fontsize=11)
     picture.savefig(path, dpi=130)
     plt.close(picture)
 

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ..experiments.extras import extra
 from ..loading.collator import Collator
 from ..loading.loader import build_dataloader
 from ..loading.store import TokenStore
+from . import machine
 from .batches_collate import padding_tokenizer
 from .batches_data import VOCABULARY, glue_lengths, store_of
 from .harness import Goal, Row, summary
@@ -28,7 +28,11 @@ def rows(steps: int, threads: int, place: Mapping[str, Any]) -> Iterator[Row]:
 
     Ours sorts by length in windows, as ``group_by_length`` would; the stock loader draws at random, as it does by itself.
     """
-    torch.set_num_threads(threads)
+    with machine.using_threads(threads):
+        yield from _rows(steps, threads, place)
+
+
+def _rows(steps: int, threads: int, place: Mapping[str, Any]) -> Iterator[Row]:
     store = store_of(glue_lengths(64 * 32))
     runner = Runner(_MINILM, MINUS, base_model(_MINILM, "cpu"), "cpu")
     loaders: dict[str, Any] = {

@@ -233,8 +233,10 @@ def tables(rows: Sequence[Row]) -> list[list[dict[str, str]]]:
 
 def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
+    several = len({row.threads for row in rows}) > 1
     for row in rows:
-        found.setdefault(Shape(**row.sizes).label, []).append(row)
+        label = Shape(**row.sizes).label
+        found.setdefault(f"{label}, {row.threads} thread(s)" if several else label, []).append(row)
     return found
 
 
@@ -275,7 +277,7 @@ def plot(rows: Sequence[Row], path: str) -> None:
         base = next((row.peer["median"] for row in mine if row.peer["name"] == NONE.name), None)
         times: dict[str, float] = {}
         for row in mine:
-            times[row.case.removeprefix(f"{label}, ")] = row.ours["median"]
+            times[row.case.removeprefix(f"{Shape(**row.sizes).label}, ")] = row.ours["median"]
             times.setdefault(row.peer["name"], row.peer["median"])
         names = sorted(times, key=lambda name: -times[name])
         colours = ["#D55E00" if name.startswith(("HiddenKey", "r-drop")) else "#0072B2" for name in names]

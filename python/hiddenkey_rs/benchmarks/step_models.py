@@ -25,6 +25,8 @@ from ..errors import ConfigError
 
 RATE = 0.1
 RANK = 8
+_SPECIAL = 5
+"""Tokens that a batch has none of."""
 Batch = dict[str, Tensor]
 
 
@@ -46,6 +48,8 @@ class Shape:
         for name in ("layers", "hidden", "heads", "vocab", "length", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1 (got {getattr(self, name)}); see --help")
+        if self.vocab <= _SPECIAL:
+            raise ConfigError(f"vocab must be above {_SPECIAL}, the special tokens (got {self.vocab}); see --help")
         if self.hidden % (2 * self.heads):
             raise ConfigError(
                 f"hidden must be an even multiple of heads (got {self.hidden} for {self.heads} heads); change one of them"
@@ -161,7 +165,7 @@ def base_model(shape: Shape, device: str) -> nn.Module:
 def make_batch(shape: Shape, device: str) -> Batch:
     """Random tokens without padding, as a collator hands them over; every token of a decoder bears loss."""
     generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(5, shape.vocab, (shape.batch, shape.length), generator=generator)
+    ids = torch.randint(_SPECIAL, shape.vocab, (shape.batch, shape.length), generator=generator)
     labels = ids if shape.decoder else torch.arange(shape.batch) % 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     return {name: value.to(device) for name, value in batch.items()}

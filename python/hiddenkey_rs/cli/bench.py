@@ -20,6 +20,8 @@ BENCHES = {
 }
 ON_DEVICES = ("attention", "step")
 """Benchmarks of what a model computes. They run on a device, and with all threads unless told otherwise."""
+_MOST_RANKS = 8192
+"""Of a simulation, whose examples fill a few steps of so many."""
 _SHAPE = {
     "layers": "layers",
     "hidden": "width of hidden states",
@@ -38,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--quick", action="store_true", help="smaller sizes, some seconds; few goals apply to them")
         sub.add_argument("--json", metavar="FILE", help="append one JSON object a row")
         sub.add_argument("--plot", metavar="FILE", help="write a picture, PNG")
-        default = "all" if name in ON_DEVICES else "1, and 2 if there are"
-        sub.add_argument(
-            "--threads", type=int, nargs="+", metavar="N", help=f"how many threads to try (default: {default})"
-        )
+        if name != "batches":  # which is made on one thread, while the model has the others
+            default = "all" if name in ON_DEVICES else "1, and 2 if there are"
+            sub.add_argument(
+                "--threads", type=int, nargs="+", metavar="N", help=f"how many threads to try (default: {default})"
+            )
         if name in ON_DEVICES:
             sub.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     _add_step(benches.choices["step"])
@@ -55,9 +58,9 @@ def _ranks(text: str) -> list[int]:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         found = [0]
-    if min(found) < 1 or max(found) > 1 << 16:
+    if min(found) < 1 or max(found) > _MOST_RANKS:
         raise argparse.ArgumentTypeError(
-            f"ranks are numbers in 1..=65536 with commas between (got {text!r}); try 64,1024"
+            f"ranks are numbers in 1..={_MOST_RANKS} with commas between (got {text!r}); try 64,1024"
         )
     return found
 
@@ -81,23 +84,26 @@ def main(options: argparse.Namespace) -> int:
 
     bench = importlib.import_module(f"..benchmarks.{options.bench}", __package__)
     place = harness.about()
-    threads = _threads(options.threads, options.bench in ON_DEVICES)
+    threads = [1] if options.bench == "batches" else _threads(options.threads, options.bench in ON_DEVICES)
     check_writable(options.json)
     check_writable(options.plot, ".png")
     if options.bench in ON_DEVICES:
         rows = list(bench.run(bench.adapted(options), threads, place))
     elif getattr(options, "simulate_ranks", None):
+        if options.quick:
+            raise ConfigError("ranks are simulated at one size (got --quick beside --simulate-ranks); leave it out")
         rows = bench.simulate(options.simulate_ranks, place)
     else:
         sizes = bench.QUICK if options.quick else bench.WHOLE
         rows = list(harness.run(bench.cases(sizes, threads), place))
         rows += bench.derived(rows, sizes, place)
-    _show(bench, rows, rows[0].about)
+    # Before they are shown: whoever reads may have gone.
     if options.json:
         with Path(options.json).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row.to_dict()) + "\n" for row in rows)
     if options.plot:
         bench.plot(rows, options.plot)
+    _show(bench, rows, rows[0].about)
     return 0 if all(row.checked for row in rows) else 1
 
 

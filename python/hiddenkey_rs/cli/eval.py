@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .bench import check_writable
+
+Found = tuple[dict[str, Any], Callable[[], None]]
+"""Figures, and what prints them: after they are written, as whoever reads may have gone."""
 
 _DECODING = {
     "beams": "beams of the search (default: 10)",
@@ -37,6 +42,7 @@ def main(options: argparse.Namespace) -> int:
     """Evaluate and print a table beside what training wrote; or generate and print the scores."""
     from ..experiments import folder
 
+    check_writable(options.json)
     if not options.generate:
         given = next((name for name in ("limit", *_DECODING) if getattr(options, name) is not None), None)
         if given is not None:
@@ -44,13 +50,14 @@ def main(options: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--{flag} is about generated texts (got it without --generate); give --generate test or dev"
             )
-    found = _generated(options) if options.generate else _evaluated(Path(options.run))
+    found, show = _generated(options) if options.generate else _evaluated(Path(options.run))
     if options.json:
         folder.write_json(Path(options.json), found)
+    show()
     return 0
 
 
-def _evaluated(out: Path) -> dict[str, Any]:
+def _evaluated(out: Path) -> Found:
     from ..experiments import folder
     from ..experiments.report import table
     from ..experiments.run import evaluate_run
@@ -63,22 +70,22 @@ def _evaluated(out: Path) -> dict[str, Any]:
             rows.append({"rows": part, "figures": "now", **found[part]})
             if written.get(part):
                 rows.append({"rows": part, "figures": "in metrics.json", **written[part]})
-    print(table(rows))
-    return found
+    return found, lambda: print(table(rows))
 
 
-def _generated(options: argparse.Namespace) -> dict[str, Any]:
-    from ..experiments.generation import GENERATED, generate_run
+def _generated(options: argparse.Namespace) -> Found:
+    from ..experiments.generation import generate_run
     from ..experiments.report import table
 
-    out = Path(options.run)
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit must be at least 1 (got {options.limit}); leave it out for all sources")
     given = {name: getattr(options, name) for name in _DECODING if getattr(options, name) is not None}
-    found = generate_run(out, options.generate, limit=options.limit, **given)
-    print(table([{"rows": part, **scores} for part, scores in found["scores"].items()]))
-    for name, reason in found["absent"].items():
-        print(f"{name} is absent: {reason}")
-    place = out / GENERATED.format(split=options.generate)
-    print(f"{found['groups']} texts ({found['empty']} empty) in {found['seconds']:.0f} s: {place}")
-    return found
+    found = generate_run(Path(options.run), options.generate, limit=options.limit, **given)
+
+    def show() -> None:
+        print(table([{"rows": part, **scores} for part, scores in found["scores"].items()]))
+        for name, reason in found["absent"].items():
+            print(f"{name} is absent: {reason}")
+        print(f"{found['groups']} texts ({found['empty']} empty) in {found['seconds']:.0f} s: {found['file']}")
+
+    return found, show

@@ -46,6 +46,8 @@ def main(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1 (got {value}); leave it out for the default")
+    if options.retries < 0:
+        raise ConfigError(f"--retries must be at least 0 (got {options.retries}); leave it out for one more try")
     plan = load_plan(options.plan, options.data)
     _warn_of_few_seeds(plan)
     threads = options.threads or (1 if options.backend == "ray" else equal_share(options.jobs))

@@ -88,14 +88,7 @@ def _source(options: argparse.Namespace) -> tuple[Any, tuple[str, ...], str | No
         if getattr(options, name) is not None:
             raise ConfigError(f"a named task knows its fields (got --{name.replace('_', '-')}); leave it out")
     task = TASKS[options.task]
-    if options.task == "demo":
-        splits = demo_data.demo_splits()
-    elif options.data is None:
-        raise ConfigError(
-            f"a named task's files are needed (got --task {options.task} without --data); name their folder"
-        )
-    else:
-        splits = data.task_splits(task, options.data)
+    splits = demo_data.demo_splits() if options.task == "demo" else data.task_splits(task, options.data)
     split = options.split or "train"
     rows = getattr(splits, split) if split in _SPLITS else None
     if rows is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
 import math
 import random
 import zlib
@@ -16,10 +17,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..loading.arrow import load_hub
 from .extras import extra
 from .tasks import Task
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -39,7 +42,7 @@ class Splits:
 
 
 def read_rows(path: str | Path, label: str | None = None) -> list[Row]:
-    """The rows of a JSON-lines, JSON, CSV or Parquet file, plain or gzip; each knows its place as ``__line__``.
+    """The rows of a JSON-lines, JSON, CSV (plain or gzip) or Parquet file; each knows its place as ``__line__``.
 
     CSV knows only text, so that is what its cells are; those of the column ``label`` are the numbers that they look like.
 
@@ -77,13 +80,24 @@ def read_rows(path: str | Path, label: str | None = None) -> list[Row]:
     return rows
 
 
-def task_splits(task: Task, folder: str | Path) -> Splits:
+def task_splits(task: Task, folder: str | Path | None) -> Splits:
     """The splits of a named task below ``folder``: ``<folder>/<task.folder>/{train,dev,test}.jsonl.gz``.
 
-    A task that has a place in the ``datasets`` library comes from there if the folder does not hold it.
+    A task that has a place in the ``datasets`` library comes from there without a folder, and, which is logged, if the
+    folder is one of other tasks.
+
+    Raises:
+        ConfigError: no folder, and no such place. DataError: the files are missing or hold something else.
     """
+    if folder is None:
+        if task.hub is None:
+            raise ConfigError(f"the task is in no library (got {task.name!r} without data); give --data DIR")
+        return hub_splits(task, *task.hub, seed=0)
     root = Path(folder) / task.folder
-    if task.hub is not None and not root.is_dir():
+    if task.hub is not None and Path(folder).is_dir() and not root.is_dir():
+        logger.warning(
+            "%s has no folder %s: the task comes from %s of the datasets library", folder, task.folder, task.hub[0]
+        )
         return hub_splits(task, *task.hub, seed=0)
     if not root.is_dir():
         found = sorted(p.name for p in Path(folder).glob("*") if p.is_dir()) if Path(folder).is_dir() else []
@@ -110,21 +124,27 @@ def file_splits(task: Task, train: str, dev: str | None, test: str | None, seed:
     if dev is not None:
         held = checked(read_rows(dev, task.label), task, dev)
     else:
-        rows, held = hold_out(rows, seed, train)
+        rows, held = hold_out(rows, seed, train, task.unit)
     splits = Splits(rows, held, checked(read_rows(test, task.label), task, test) if test else None)
     return with_label_numbers(splits, task)
 
 
 def hub_splits(task: Task, name: str, config: str | None, seed: int) -> Splits:
-    """A data set of the ``datasets`` library, by hub name or local folder."""
+    """A data set of the ``datasets`` library, by hub name or local folder, its fields named as the task's."""
     loaded = load_hub(name, config)
     if "train" not in loaded:
         raise DataError(f"the data set has no training split (got {name!r} with {', '.join(loaded)}); choose another")
-    rows = {split: [{**row, "__line__": n} for n, row in enumerate(loaded[split])] for split in loaded}
+    ours = dict(zip(task.hub_fields, task.fields, strict=False))
+    rows = {
+        split: [
+            {ours.get(name, name): value for name, value in row.items()} | {"__line__": n} for n, row in enumerate(part)
+        ]
+        for split, part in loaded.items()
+    }
     train = checked(rows["train"], task, name)
     dev = next((rows[split] for split in ("validation", "dev") if split in rows), None)
     if dev is None:
-        train, dev = hold_out(train, seed, name)
+        train, dev = hold_out(train, seed, name, task.unit)
     return with_label_numbers(Splits(train, checked(dev, task, name), None), task)
 
 
@@ -189,17 +209,27 @@ def with_label_numbers(splits: Splits, task: Task) -> Splits:
     return Splits(splits.train, splits.dev, splits.test, tuple(map(str, names)))
 
 
-def hold_out(rows: list[Row], seed: int, source: str | Path) -> tuple[list[Row], list[Row]]:
-    """A tenth of the rows, chosen by the seed, held out for development."""
-    order = list(range(len(rows)))
+def hold_out(rows: list[Row], seed: int, source: str | Path, unit: str | None = None) -> tuple[list[Row], list[Row]]:
+    """A tenth of the rows, chosen by the seed, held out for development: those that share a ``unit`` together."""
+    keys = [n if unit is None else row[unit] for n, row in enumerate(rows)]
+    sizes = Counter(keys)
+    order = list(sizes)
     random.Random(seed).shuffle(order)
-    count = max(1, round(_HELD_OUT * len(rows)))
+    wanted, count, held = max(1, round(_HELD_OUT * len(rows))), 0, set()
+    for key in order:
+        if count >= wanted:
+            break
+        held.add(key)
+        count += sizes[key]
     if count >= len(rows):
+        alike = "" if unit is None else f" with one {unit!r}"
         raise DataError(
-            f"too few rows to hold some out for development (got {len(rows)} in {str(source)!r}); give --dev-file"
+            f"too few rows to hold some out for development (got {len(rows)}{alike} in {str(source)!r}); give --dev-file"
         )
-    held = set(order[:count])
-    return [row for n, row in enumerate(rows) if n not in held], [rows[n] for n in sorted(held)]
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for key, row in zip(keys, rows, strict=True):
+        parts[key in held].append(row)
+    return parts
 
 
 def subset_order(count: int, seed: int) -> list[int]:

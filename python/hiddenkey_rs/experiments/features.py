@@ -7,12 +7,41 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .data import Row
 from .tasks import Task
 
 Example = dict[str, Any]
 IGNORED = -100
+_TABLES = ("position_embeddings", "embed_positions", "wpe")
+
+
+def longest_row(asked: int | None, task: Task, model: Any) -> int:
+    """Tokens that a row may have: as many as ``asked`` for, or the task's number, if the model has a place for so many.
+
+    Raises:
+        ConfigError: more asked for than the model has places in a table; what turns or biases attention goes on beyond.
+    """
+    room = _places(model)
+    if asked is None:
+        known = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+        return min([task.max_length, *(limit for limit in (room, known) if limit)])
+    if room is not None and asked > room:
+        raise ConfigError(
+            f"the model has no place for so many tokens (got max_length {asked}, it has {room}); lower --max-length"
+        )
+    return asked
+
+
+def _places(model: Any) -> int | None:
+    """Positions that a text can take in the model's tables of them; ``None``: it has none."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in _TABLES:
+            # RoBERTa's kind counts from behind the padding's entry, BART's and OPT's from an offset.
+            first = 0 if module.padding_idx is None or not name.endswith(_TABLES[0]) else module.padding_idx + 1
+            found.append(module.num_embeddings - getattr(module, "offset", first))
+    return min(found, default=None)
 
 
 def tokenise(rows: list[Row], task: Task, tokenizer: Any, max_length: int, encoder_decoder: bool) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,8 @@ class Decoding:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number from {least} up (got {value!r}); mend the decoding")
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"length_penalty must be a number (got {self.length_penalty!r}); 1 is a mean over tokens")
 
 
 _TASKS = {"e2e": (Decoding(), E2E), "webnlg": (Decoding(length_penalty=0.8), WEBNLG)}
@@ -169,7 +172,7 @@ def generate_run(
     limit: int | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """:func:`generate_and_score` of the adapter in a run's folder, into its ``generated-<split>.jsonl``.
+    """:func:`generate_and_score` of the adapter in a run's folder, into its ``generated-<split>[-first-<limit>].jsonl``.
 
     Args:
         out: the ``--out`` of ``hiddenkey train``. split: ``test`` or ``dev``. limit: so many groups, the first.
@@ -189,9 +192,11 @@ def generate_run(
     model, tokenizer = load_model(config.model, task, config.seed)
     model = load_adapter(model, out / folder.ADAPTER)
     groups = grouped(rows, task)[:limit]
-    place = out / GENERATED.format(split=split)
+    # The texts of all sources, which took long, are not written over by those of a few.
+    place = out / GENERATED.format(split=split if limit is None else f"{split}-first-{limit}")
     return {
         "split": split,
+        "file": str(place),
         **generate_and_score(
             model, tokenizer, groups, task, decoding_for(task, **changes), place, metrics, progress=True
         ),
@@ -206,7 +211,7 @@ def write_texts(path: Path, groups: Sequence[Group], texts: Sequence[str]) -> No
 
 def read_texts(path: Path) -> tuple[list[Group], list[str]]:
     """What :func:`write_texts` wrote, to score it again."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     groups = [Group(line["source"], tuple(line["refs"]), line["part"]) for line in lines]
     return groups, [line["hypothesis"] for line in lines]
 
@@ -246,8 +251,15 @@ def _search(model: Any, tokenizer: Any, prompts: list[list[int]], decoding: Deco
         length_penalty=decoding.length_penalty,
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,
         use_cache=True,
+        # What is not said here comes from the model's own generation config, which may forbid names of the source.
+        early_stopping=False,
+        min_length=0,
+        no_repeat_ngram_size=0,
+        encoder_no_repeat_ngram_size=0,
+        repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0,
+        num_return_sequences=1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -16,7 +16,7 @@ from ..train import ranks
 from . import folder
 from .data import Splits, file_splits, hub_splits, subset, task_splits
 from .demo_data import demo_splits
-from .features import Example, collator, tokenise
+from .features import Example, collator, longest_row, tokenise
 from .interrupts import interruptible
 from .job import job
 from .memory import since_start
@@ -132,7 +132,7 @@ def prepare(config: RunConfig) -> Prepared:
     task, splits = load_splits(config)
     attention = attention_for(config.bf16, config.max_length or task.max_length)
     model, tokenizer = load_model(config.model, task, config.seed, attention)
-    length = config.max_length or min(task.max_length, _positions(model))
+    length = longest_row(config.max_length, task, model)
 
     def examples(rows: list[Any]) -> list[Example]:
         return tokenise(rows, task, tokenizer, length, model.config.is_encoder_decoder)
@@ -155,7 +155,7 @@ def _all_rows(config: RunConfig) -> tuple[Task, Splits]:
     if config.task == "demo":
         return TASKS["demo"], demo_splits(seed=0)
     if config.task is not None:
-        return TASKS[config.task], task_splits(TASKS[config.task], str(config.data))
+        return TASKS[config.task], task_splits(TASKS[config.task], config.data)
     name = Path(config.train_file or str(config.dataset)).name
     task = own_task(name, config.text_fields, config.kind, config.label_field, num_labels=0)
     if config.train_file is not None:
@@ -243,12 +243,6 @@ def _recorded(config: RunConfig, spread: Spread, trainer: Any) -> dict[str, Any]
         "device": str(trainer.args.device),
         "torch_threads": torch.get_num_threads(),
     }
-
-
-def _positions(model: Any) -> int:
-    return int(
-        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 1 << 20
-    )
 
 
 def _name(config: RunConfig) -> str:

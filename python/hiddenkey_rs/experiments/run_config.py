@@ -39,9 +39,9 @@ class RunConfig(Serialisable):
     """A training run. Flags of ``hiddenkey train`` are these fields with dashes; see their help texts."""
 
     model: str = _choice("minilm", "a folder, a hub name, minilm (demo extra) or gpt2-tiny (built in, random weights)")
-    task: str | None = _choice(None, "a named task; its files are below --data", tuple(TASKS))
+    task: str | None = _choice(None, "a named task, from --data; those of GLUE without it from the hub", tuple(TASKS))
     data: str | None = _choice(None, "folder that holds the task folders")
-    train_file: str | None = _choice(None, "own training data: .jsonl, .json, .csv or .parquet, plain or .gz")
+    train_file: str | None = _choice(None, "own training data: .jsonl, .json or .csv (plain or .gz), or .parquet")
     dev_file: str | None = _choice(None, "own development data; without it a tenth of the training rows is held out")
     test_file: str | None = _choice(None, "own test data")
     dataset: str | None = _choice(None, "own data by its name in the datasets library")
@@ -127,6 +127,12 @@ class RunConfig(Serialisable):
                 f"a config file brings its rates (got rate={self.rate} beside hiddenkey={self.hiddenkey!r}); give "
                 "--attention-rate or --hidden-rate to change them, or leave one of the two out"
             )
+        if not 0 <= self.seed < 1 << 32:
+            raise ConfigError(
+                f"the seed must lie in 0..2^32-1, as NumPy's generators ask (got {self.seed}); choose another"
+            )
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"LoRA's alpha must be above 0 (got {self.alpha!r}); leave it out for 2 x rank")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must lie in [0, 1) (got {self.lora_dropout!r}); 0 is none")
         if not 0 < self.lr < math.inf:
@@ -150,9 +156,10 @@ class RunConfig(Serialisable):
                 f"a language-modelling task needs two text fields, source and target (got {list(self.text_fields)}); "
                 "give --text-fields SOURCE TARGET"
             )
-        if self.task not in (None, "demo") and self.data is None:
+        if self.task not in (None, "demo") and self.data is None and TASKS[self.task].hub is None:
             raise ConfigError(
-                f"a task needs the folder of its files (got task {self.task!r} without data); give --data DIR"
+                f"a task that is in no library needs the folder of its files (got task {self.task!r} without data); "
+                "give --data DIR"
             )
 
     def _typed(self, name: str, value: Any) -> Any:

@@ -14,7 +14,8 @@ class Task:
     ``metrics``: names in :mod:`.metrics`; the first one chooses the best epoch. ``lower_is_better`` says which way.
     ``max_length``: tokens, the default of ``--max-length``. For ``kind="lm"`` the fields are (source, target).
     ``classes``: their names in the rows, in the order of their numbers; without them the rows hold the numbers.
-    ``hub``: (name, configuration) in the ``datasets`` library, where the data folder does not hold the task.
+    ``hub``: (name, configuration) in the ``datasets`` library, where no data folder holds the task; ``hub_fields``: what
+    ``fields`` are called there, if otherwise.
     ``origin``: a field besides ``fields`` that rows with much the same text have in common; see :attr:`unit`.
     """
 
@@ -29,6 +30,7 @@ class Task:
     max_length: int = 128
     classes: tuple[str, ...] = ()
     hub: tuple[str, str | None] | None = None
+    hub_fields: tuple[str, ...] = ()
     origin: str | None = None
 
     @property
@@ -58,14 +60,20 @@ _CATEGORIES = (
     *("Food", "Monument", "SportsTeam", "University", "WrittenWork"),
 )
 
+
+def _sentence(name: str, folder: str, metrics: tuple[str, ...]) -> Task:
+    """One of GLUE's tasks of one sentence."""
+    return Task(name, folder, ("sentence1",), "classification", 2, metrics, hub=(_GLUE, name), hub_fields=("sentence",))
+
+
 TASKS = {
     task.name: task
     for task in (
-        Task("mrpc", "MRPC", _PAIR, "classification", 2, ("accuracy", "f1")),
-        Task("rte", "RTE", _PAIR, "classification", 2, ("accuracy",), max_length=256),
-        Task("stsb", "STS-B", _PAIR, "regression", 1, ("pearson", "spearman")),
-        Task("sst2", "SST-2", ("sentence1",), "classification", 2, ("accuracy",)),
-        Task("cola", "CoLA", ("sentence1",), "classification", 2, ("matthews", "accuracy")),
+        Task("mrpc", "MRPC", _PAIR, "classification", 2, ("accuracy", "f1"), hub=(_GLUE, "mrpc")),
+        Task("rte", "RTE", _PAIR, "classification", 2, ("accuracy",), max_length=256, hub=(_GLUE, "rte")),
+        Task("stsb", "STS-B", _PAIR, "regression", 1, ("pearson", "spearman"), hub=(_GLUE, "stsb")),
+        _sentence("sst2", "SST-2", ("accuracy",)),
+        _sentence("cola", "CoLA", ("matthews", "accuracy")),
         Task("qnli", "QNLI", _QUESTION, "classification", 2, ("accuracy",), max_length=256, hub=(_GLUE, "qnli")),
         Task("e2e", "E2E", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),
         Task("webnlg", "WebNLG", _TEXT, "lm", 0, _LM, label=None, lower_is_better=True, max_length=512),

@@ -18,7 +18,7 @@ from ...train import HiddenKeyTrainer
 from ..controls import drop_ranks, set_stock_rate
 from ..data import Splits, task_splits
 from ..demo_data import demo_splits
-from ..features import Example, collator, tokenise
+from ..features import Example, collator, longest_row, tokenise
 from ..generation import Group, grouped
 from ..models import add_lora, attention_for, load_model, settle
 from ..provenance import commit, processor, versions
@@ -103,7 +103,7 @@ def run_trial(trial: Trial, plan: str, command: str, threads: int | None = None)
 @functools.lru_cache(maxsize=1)
 def _splits(task: str, data: str | None) -> Splits:
     """One task's rows are read once for all of a process' trials on it."""
-    return demo_splits(seed=0) if task == "demo" else task_splits(TASKS[task], str(data))
+    return demo_splits(seed=0) if task == "demo" else task_splits(TASKS[task], data)
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,9 @@ def _prepare(trial: Trial, task: Task) -> _Prepared:
     config, controls = trial.config, trial.controls
     splits = _splits(task.name, config.data)
     fit, choose, report = split_rows(splits, trial.train_size, trial.protocol, trial.seed, task.unit)
-    length = config.max_length or task.max_length
-    model, tokenizer = load_model(config.model, task, config.seed, attention_for(config.bf16, length))
+    attention = attention_for(config.bf16, config.max_length or task.max_length)
+    model, tokenizer = load_model(config.model, task, config.seed, attention)
+    length = longest_row(config.max_length, task, model)
     if controls.stock_rate is not None:
         set_stock_rate(model, controls.stock_rate)
     rows = {"train": fit, "select": choose} | ({} if trial.stage == SEARCH else {"report": report})
