@@ -150,7 +150,7 @@ def gradients(spec: dict[str, Any]) -> dict[str, Any]:
     """Gradients of one global batch in a loop of one's own, by name, and how many tokens this rank's masks dropped.
 
     ``spec``: family, config, ``wrap`` (``none``, ``ddp``, or where ``fully_shard`` is applied: ``layers``, ``root``, ``head``,
-    ``first`` = layers, before attaching), ``accumulation``, ``checkpointing``, ``bf16``.
+    ``first`` = layers, before attaching), ``accumulation``, ``checkpointing``, ``bf16``, ``static`` (DDP's ``static_graph``).
     """
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
@@ -164,7 +164,7 @@ def gradients(spec: dict[str, Any]) -> dict[str, Any]:
     handle = hk.attach(model, spec.get("config", CONFIG), stock_dropout="off")
     if wrap in ("layers", "root", "head"):
         _shard(model, wrap, spec)
-    called = DistributedDataParallel(model) if wrap == "ddp" else model
+    called = DistributedDataParallel(model, static_graph="static" in spec) if wrap == "ddp" else model
     data = store(rows("bert" if family == "bert" else "llama", spec.get("rows", 7)))
     accumulation = spec.get("accumulation", 1)
     sampler = hk.BatchSampler(data, batch_size=8, accumulation=accumulation, rank=rank, world_size=world)

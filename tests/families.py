@@ -133,6 +133,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "blenderbot": ("BlenderbotConfig", "BlenderbotForConditionalGeneration", _BART),
     "plbart": ("PLBartConfig", "PLBartForConditionalGeneration", _BART),
 }
+OWN = tuple(FAMILIES)[: list(FAMILIES).index("camembert")]
+"""Those whose code is not that of another one but for names."""
 ENCODERS = tuple(name for name, (_, model, _) in FAMILIES.items() if "SequenceClassification" in model)
 ENCODER_DECODERS = ("t5", "bart", "mt5", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart")
 DECODERS = tuple(name for name in FAMILIES if name not in ENCODERS + ENCODER_DECODERS)

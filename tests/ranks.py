@@ -9,10 +9,37 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "transformers", "peft", "accelerate", "hiddenkey_rs.train"])
+_LOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "trl",
+    "sklearn.metrics",
+]
+_LOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "t5")]
+_LOADED += ["matplotlib.pyplot", "hiddenkey_rs.train", "hiddenkey_rs.cli.train", "hiddenkey_rs.experiments.run"]
+_LOADED += ["families", "distributed_work"]
+_CONTEXT.set_forkserver_preload(_LOADED)
+
+
+def _serve() -> None:
+    """Start the server, which looks for the tests' own modules where the environment says."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.path.dirname(__file__), before)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
@@ -31,6 +58,7 @@ def free_port() -> int:
 
 def start(world: int, work: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
     """(process, its end of a pipe) of every rank of ``work(*arguments)``."""
+    _serve()
     port, found = free_port(), []
     for rank in range(world):
         here, there = _CONTEXT.Pipe(duplex=False)

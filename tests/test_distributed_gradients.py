@@ -29,7 +29,9 @@ def reference(**spec: Any) -> dict[str, np.ndarray]:
 
 
 def compare(world: int, wrap: str, accumulation: int = 1, tolerance: float = 2e-6, **spec: Any) -> list[dict[str, Any]]:
-    expected = reference(**{name: value for name, value in spec.items() if name not in ("checkpointing", "bf16")})
+    expected = reference(
+        **{name: value for name, value in spec.items() if name not in ("checkpointing", "bf16", "static")}
+    )
     found = ranks.run(world, work.gradients, {**spec, "wrap": wrap, "accumulation": accumulation})
     largest = max(float(np.abs(value).max()) for value in expected.values())
     assert largest > 0.05
@@ -67,6 +69,11 @@ def test_fully_shard(family: str, wrap: str) -> None:
 @pytest.mark.parametrize(("wrap", "config"), [("head", work.BOTH), ("layers", JS), ("ddp", work.BOTH), ("ddp", SPANS)])
 def test_checkpointing_and_every_kind_of_pass(wrap: str, config: hk.HiddenKeyConfig) -> None:
     compare(2, wrap, accumulation=4, family="llama", config=config, checkpointing=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_static_graph_averages_from_its_first_step_on(family: str) -> None:
+    compare(2, "ddp", family=family, static=True)
 
 
 def test_fully_shard_on_four_ranks_that_have_not_all_a_row() -> None:

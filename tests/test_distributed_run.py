@@ -174,7 +174,8 @@ def test_fsdp_from_the_command_line(files: list[str], tmp_path: Path) -> None:
     found = ranks.run(2, work.command, train([*files, *test], tmp_path / "two", "--fsdp"), True)
     assert [code for code, _ in found] == [0, 0]
     assert_same_run(tmp_path / "one", tmp_path / "two")
-    assert ranks.run(1, work.command, ["eval", "--run", str(tmp_path / "two"), "--json", str(tmp_path / "again.json")])
+    evaluate = ["eval", "--run", str(tmp_path / "two"), "--json", str(tmp_path / "again.json")]
+    assert ranks.run(1, work.command, evaluate)[0][0] == 0
     written = json.loads((tmp_path / "two" / "metrics.json").read_text())
     again = json.loads((tmp_path / "again.json").read_text())
     for part in ("dev", "test"):

@@ -67,6 +67,7 @@ def test_token_budgets_and_bfloat16(tmp_path: Path) -> None:
     assert len(set(steps.values())) > 1, "as many rows as the budget allows"
     compare(ranks.run(2, work.train, spread(spec, 2, 3, max_steps=12)), expected, 2e-6)
     half = ranks.run(2, work.train, spread(spec, 2, 1, max_steps=12, bf16=True))
+    compare(half, ranks.run(1, work.train, spread(spec, 1, 1, max_steps=12, bf16=True))[0], 0.01)
     compare(half, {**expected, "weights": half[0]["weights"]}, 0.01)
 
 

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+import families
+import hiddenkey_rs as hk
 from hiddenkey_rs import masks, ops
 from hiddenkey_rs.config import threshold
 
 
-def test_inverted_dropout_keeps_the_expectation() -> None:
-    """E[mask * scale] = 1 in closed form: the scale uses the rate that the threshold realises."""
-    for rate in (0.01, 0.1, 0.15, 0.3, 0.9):
-        p = threshold(rate) / 65536
-        assert abs((1 - p) * (1 / (1 - p)) - 1) <= 2**-24
-        assert masks.realised(rate) == p
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("rescale", [None, True, False])
+@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+def test_what_is_kept_is_rescaled_by_the_realised_rate(pattern: str, rescale: bool | None, impl: str) -> None:
+    """E[mask * scale] = 1: by 1 / (1 - 19661 / 65536) at rate .3; elements unless told otherwise, others if told."""
+    model = families.build("bert").train()
+    drop = hk.HiddenDrop(pattern=pattern, rate=0.3, rescale=rescale)
+    handle = hk.attach(model, hk.HiddenKeyConfig(attention=None, hidden=drop, consistency=None), "off", impl)
+    site = next(site for site in handle.sites if site.kind == "ffn" and site.drops)
+    seen = []
+
+    def inputs(module: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
+        seen.append(torch.nn.functional.linear(args[0], module.weight, module.bias))
+
+    site.module.register_forward_pre_hook(inputs)
+    site.module.register_forward_hook(lambda module, args, output: seen.append(output))
+    with handle.step(0, [5, 6, 7]):
+        handle.loss(**families.batch("bert"))
+    before, after = seen
+    kept = after != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    scale = 65536 / (65536 - 19661) if (pattern == "element" if rescale is None else rescale) else 1.0
+    torch.testing.assert_close(after[kept], before[kept] * scale)
+    assert masks.realised(0.3) == 19661 / 65536
 
 
 def test_dropped_places_are_gone() -> None:

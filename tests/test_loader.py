@@ -76,8 +76,8 @@ def test_batches_are_the_rows(workers: int) -> None:
     assert loader.batch_sampler.epoch == 2
 
 
-CASES = [("fork", 1), ("fork", 2), ("fork", 8), ("spawn", 1), ("forkserver", 2)]
-SLOW_CASES = [("spawn", 2), ("spawn", 8), ("forkserver", 1), ("forkserver", 8)]
+CASES = [("fork", 1), ("fork", 2), ("fork", 8), ("forkserver", 2)]
+SLOW_CASES = [("spawn", 2), ("forkserver", 8)]  # whose workers load torch anew
 
 
 @pytest.mark.parametrize(
@@ -415,11 +415,11 @@ def test_a_fork_after_the_pool_was_used_does_not_hang() -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_forks() -> None:
+def test_many_forks() -> None:
     threads = hk.get_num_threads()
     try:
         hk.set_num_threads(4)
-        fork_often(200)
+        fork_often(40)  # test_engine has more, of a process that is smaller
     finally:
         hk.set_num_threads(threads)
 

@@ -47,7 +47,7 @@ def test_cases_in_the_interpreter() -> None:
 
 def test_float64_is_an_obstacle() -> None:
     states = torch.ones(1, 1, 2, 16, dtype=torch.float64)
-    assert triton_attention.obstacle(states, states, states) is not None
+    assert "not torch.float64" in str(triton_attention.obstacle(states, states, states))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
@@ -85,6 +85,7 @@ print(triton_hidden.obstacle(x))
 
 # Built for GPUs without having one: what the interpreter lets pass, the compiler may not.
 COMPILE = """
+import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 import torch
@@ -120,7 +121,8 @@ cases = [(*case, torch.bfloat16, 90) for case in cases]
 cases += [(name, 256, False, 2, torch.bfloat16, 90) for name in kernels]
 cases += [(name, 128, False, 1, torch.bfloat16, 89) for name in kernels]
 cases += [("key", 128, False, 2, torch.float32, 90), ("key", 64, False, 2, torch.float32, 89)]
-for name, head, dropattention, pattern, dtype, arch in cases:
+part, parts = map(int, sys.argv[1:])
+for name, head, dropattention, pattern, dtype, arch in cases[part::parts]:
     kernel = kernels[name]
     rows, columns, warps, stages = triton_launch.tiles(name, head, dtype, LIMIT[arch], pattern == 1, True)
     constants = {"HEAD": head, "HEAD_V": head, "BLOCK_D": head, "BLOCK_V": head, "ROWS": rows, "COLUMNS": columns}
@@ -130,21 +132,27 @@ for name, head, dropattention, pattern, dtype, arch in cases:
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     states = "fp32" if dtype == torch.float32 else "bf16"
     build(kernel, constants, options, "i32" if pattern == 3 else "u8", states, arch)
+if part:
+    sys.exit()
 build(triton_gather_kernel.list_kernel, {"OWN": False, "BLOCK": 1024}, {"num_warps": 4})
 element = {"FEATURES": 4096, "ROWS": 32, "COLUMNS": 128, "ELEMENT": True, "RESIDUAL": True, "COUNT": True}
 build(triton_hidden_kernel.drop_kernel, element, {"num_warps": 4, "enable_fp_fusion": False})
-print("built")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(2))
+def test_kernels_compile_for_a_gpu_that_is_not_here(part: int, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, check=False)
+    # What the assembler would make faster nobody runs.
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "DISABLE_PTXAS_OPT": "1"}
+    command = [sys.executable, "-c", COMPILE, str(part), "2"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "built"
+    kernels = {file.stem for file in tmp_path.rglob("*.cubin")}
+    assert {"forward_kernel", "query_gradient_kernel", "key_gradient_kernel"} <= kernels
+    assert ({"list_kernel", "drop_kernel"} <= kernels) == (part == 0)
 
 
 @pytest.mark.gpu

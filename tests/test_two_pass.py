@@ -494,17 +494,19 @@ def test_packed_rows_use_each_documents_own_mask() -> None:
 def test_bfloat16_autocast(family: str) -> None:
     """What is trained gets a gradient, too: old versions of torch keep weights as the first pass cast them."""
     handle = attached(family, hk.Consistency("kl"))
-    reached = []
+    reached, losses = [], []
     for automatic in (True, False):
         handle.model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=automatic), handle.step(5, IDS):
             loss = handle.loss(**families.batch(family))
         loss.backward()
-        assert torch.isfinite(loss)
+        losses.append(float(loss.detach()))
         found = {name: p.grad for name, p in handle.model.named_parameters() if p.grad is not None}
         assert all(torch.isfinite(gradient).all() for gradient in found.values())
         reached.append(found.keys())
     assert reached[0] == reached[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.gpu

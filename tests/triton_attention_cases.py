@@ -133,7 +133,7 @@ def compare(
 
 
 @pytest.mark.parametrize("position", ["dropkey", "dropattention"])
-@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+@pytest.mark.parametrize("pattern", ["element", "column"])  # spans come as columns do: by flags
 @pytest.mark.parametrize("name", ["left padding", "packed"])
 def test_positions_and_patterns(name: str, pattern: str, position: str) -> None:
     compare(BATCHES[name], pattern=pattern, position=position, causal=name == "packed", threshold=6554, many=(2, 1))
@@ -144,13 +144,18 @@ def test_positions_and_patterns(name: str, pattern: str, position: str) -> None:
 KINDS = [("element", "dropattention"), ("column, kept", "dropkey")]
 
 
-@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("span, kept", "dropkey")])
-@pytest.mark.parametrize("name", BATCHES)
+SPANS = ("span, kept", "dropkey")
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "position"),
+    [*((name, *kind) for name in BATCHES for kind in KINDS), ("packed", *SPANS), ("split", *SPANS)],
+)
 def test_batches(name: str, pattern: str, position: str) -> None:
     compare(BATCHES[name], pattern=pattern, position=position, causal=name != "right padding", many=(2, 1))
 
 
-@pytest.mark.parametrize("threshold", [0, 1, 65535])
+@pytest.mark.parametrize("threshold", [0, 65535])
 @pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("element", "dropkey")])
 def test_extreme_rates(pattern: str, position: str, threshold: int) -> None:
     how = {"pattern": pattern, "position": position, "threshold": threshold, "many": (1, 1)}
@@ -173,8 +178,9 @@ def test_the_last_key_of_a_tile(pattern: str, position: str) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("column", "dropattention")])
-@pytest.mark.parametrize("many", [(4, 2), (4, 1), (3, 3)])
-@pytest.mark.parametrize("heads", ["group", "query"])
+@pytest.mark.parametrize(
+    ("many", "heads"), [((4, 2), "group"), ((4, 2), "query"), ((4, 1), "group"), ((4, 1), "query"), ((3, 3), "group")]
+)
 def test_grouped_heads(heads: str, many: tuple[int, int], pattern: str, position: str) -> None:
     compare(BATCHES["tiny split"], heads=heads, many=many, pattern=pattern, position=position)
 
@@ -441,6 +447,7 @@ def test_a_full_batch_is_written_whole(causal: bool, pattern: str, position: str
     try:
         for given in (whole, two):
             compare(given, pattern=pattern, position=position, causal=causal)
-        compare(whole, whole, pattern=pattern, position=position)
+        if not causal:
+            compare(whole, whole, pattern=pattern, position=position)
     finally:
         torch.use_deterministic_algorithms(False)
