@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 RUST_SOURCES := $(shell find rust -name '*.rs')
-# Experiments: the data sets' folder, processes at a time, and the plans in the order they run.
+# Experiments: the data sets' folder, where results are (kept ones by default, which are gone on with), processes at a time, and
+# the plans in the order they run.
 DATA ?= ../shared/data
+RESULTS ?= experiments/results
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # Processes of the Python tests: one more than processors, as many tests wait for processes of their own; at most five.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] || n=4; echo $$((n + 1)))
@@ -82,22 +84,22 @@ stats: ## the long statistics of the masks, into benches/results/stats_hk1.md
 	   cargo bench -q --bench stats && echo && echo "## Agreement of all paths" && echo && cargo bench -q --bench agreement; \
 	 } | tee benches/results/stats_hk1.md
 
-# Without `setup`: a GPU machine may have no network. A copied tree with its extension, and a Python that has torch, are enough.
+# Without `setup`: a copied tree with its extension, and a Python that has torch, are enough where there is no network.
 gpu: ## every kernel against the reference, and the benches, on a CUDA device; under ten minutes
 	@python="$(BIN)/python"; [ -x "$$python" ] || python="$(PYTHON)"; export PYTHONPATH="python$${PYTHONPATH:+:$$PYTHONPATH}"; \
 	 "$$python" -c 'import hiddenkey_rs._core' || { echo "gpu: $$python cannot import hiddenkey_rs with its extension; run" \
 	   "make setup, or copy a built python/hiddenkey_rs/_core.abi3.so here" >&2; exit 1; }; \
 	 "$$python" benches/gpu.py $(if $(GPU_OUT),--out "$(GPU_OUT)")
 
-evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, hours, resumable: RESULTS.md, and a page in runs/evidence
+evidence: $(PLANS:%=evidence-%) results ## the small-scale experiments, a day, resumable: RESULTS.md, and a page in runs/evidence
 
 evidence-generation evidence-webnlg: runs/small-gpt2/model.safetensors $(VENV)/.captions
 evidence-llama: runs/small-llama/model.safetensors $(VENV)/.captions
 $(PLANS:%=evidence-%): evidence-%: setup
-	@$(BIN)/hiddenkey sweep experiments/small/$*.yaml --data $(DATA) --out experiments/results/$* --jobs $(JOBS) --threads 1
+	@$(BIN)/hiddenkey sweep experiments/small/$*.yaml --data $(DATA) --out $(RESULTS)/$* --jobs $(JOBS) --threads 1
 
 results: | setup ## RESULTS.md and its page from the results at hand; some two minutes
-	@$(BIN)/hiddenkey report experiments/results/* --data $(DATA) --out runs/evidence --markdown RESULTS.md
+	@$(BIN)/hiddenkey report $(RESULTS)/* --data $(DATA) --out runs/evidence $(if $(filter experiments/results,$(RESULTS)),--markdown RESULTS.md)
 
 # CIDEr, METEOR and the E2E challenge's ROUGE-L: a large package, which nothing else needs.
 $(VENV)/.captions: | setup

@@ -185,6 +185,10 @@ class HiddenKeyConfig(Serialisable):
         seed: of every mask, 0 <= seed < 2**64.
         stream: the mask stream's name.
 
+    Raises:
+        ConfigError: a part of another kind, a seed out of range, an unknown stream, layers or patterns that say nothing. Whether
+            the model has the layers is asked by :func:`~hiddenkey_rs.attach`.
+
     Example:
         >>> HiddenKeyConfig.preset("dropkey-column", rate=0.15).attention
         AttentionDrop(position='dropkey', pattern='column', rate=0.15, heads='group')

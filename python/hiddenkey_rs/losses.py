@@ -47,7 +47,7 @@ def consistency(kind: str, first: Tensor, second: Tensor, *, gradient: str = "on
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:
-    """Bidirectional Kullback-Leibler divergence, 1/2 [KL(P1 || P2) + KL(P2 || P1)] (paper, eq. 11): (N,).
+    """Bidirectional Kullback-Leibler divergence, 1/2 [KL(P1 || P2) + KL(P2 || P1)] (paper, eq. 11): (N, classes) twice -> (N,).
 
     Example:
         >>> kl(torch.zeros(1, 2), torch.zeros(1, 2))
@@ -59,20 +59,39 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def js(first: Tensor, undropped: Tensor) -> Tensor:
-    """The paper's ``js``: KL(P1 || P_bar), one-directional in spite of its name (eq. 12): (N,)."""
+    """The paper's ``js``: KL(P1 || P_bar), one-directional in spite of its name (eq. 12): (N, classes) twice -> (N,).
+
+    ``undropped``: logits of a pass without any dropout.
+
+    Example:
+        >>> js(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor([0.])
+    """
     a, b = _log_softmax(first), _log_softmax(undropped)
     return (a.exp() * (a - b)).sum(dim=-1)
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
-    """The textbook Jensen-Shannon divergence, with the mixture M: 1/2 KL(P1 || M) + 1/2 KL(P2 || M): (N,), <= ln 2."""
+    """The textbook Jensen-Shannon divergence, 1/2 KL(P1 || M) + 1/2 KL(P2 || M) with the mixture M, at most ln 2.
+
+    Of logits (N, classes), twice: (N,) float32.
+
+    Example:
+        >>> jensen_shannon(torch.tensor([[50.0, -50.0]]), torch.tensor([[-50.0, 50.0]]))
+        tensor([0.6931])
+    """
     a, b = _log_softmax(first), _log_softmax(second)
     mixture = torch.logaddexp(a, b) - math.log(2)
     return 0.5 * (a.exp() * (a - mixture) + b.exp() * (b - mixture)).sum(dim=-1)
 
 
 def mse(first: Tensor, second: Tensor) -> Tensor:
-    """Squared difference of two outputs, mean over their features: (N,)."""
+    """Squared difference of two outputs, (N, features) of any float dtype, mean over their features: (N,) float32.
+
+    Example:
+        >>> mse(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 0.0]]))
+        tensor([5.])
+    """
     return (first.float() - second.float()).square().mean(dim=-1)
 
 
@@ -82,7 +101,15 @@ _KINDS = {"kl": kl, "js": js, "jensen-shannon": jensen_shannon, "mse": mse}
 def token_rows(logits: Tensor, labels: Tensor, *, shift: bool) -> Tensor:
     """The logits of the tokens that carry loss: (B, L, V) and labels (B, L) -> (N, V).
 
-    ``shift``: the logits of a position predict the label of the next one (causal language models).
+    ``labels``: int64, -100 where a token carries no loss. ``shift``: the logits of a position predict the label of the next one
+    (causal language models).
+
+    Raises:
+        DataError: not one label a token.
+
+    Example:
+        >>> token_rows(torch.arange(3.0).view(1, 3, 1), torch.tensor([[7, -100, 9]]), shift=True)
+        tensor([[1.]])
     """
     return labelled_rows(logits, labels, shift=shift)[0]
 
@@ -111,7 +138,12 @@ def rows_at(places: Tensor, states: Tensor, labels: Tensor, *, shift: bool) -> t
 
 
 def reduce(per_row: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
-    """Sum / ``normaliser`` (default: the number of rows). No rows give exactly 0, and gradients of 0."""
+    """Sum of (N,) numbers / ``normaliser`` (default: N), a 0-dim tensor. No rows give exactly 0, and gradients of 0.
+
+    Example:
+        >>> reduce(torch.tensor([1.0, 3.0])), reduce(torch.tensor([1.0, 3.0]), 8)
+        (tensor(2.), tensor(0.5000))
+    """
     total = per_row.sum()
     return total / (max(per_row.numel(), 1) if normaliser is None else normaliser)
 

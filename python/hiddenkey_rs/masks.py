@@ -98,7 +98,11 @@ class BitMask:
         return (*self.words.shape[:-1], self.columns)
 
     def to_bool(self, out: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
-        """One bool a decision, True = keep, of :attr:`shape`; written into ``out`` if given."""
+        """One bool a decision, True = keep, of :attr:`shape`; written into ``out`` if given.
+
+        Raises:
+            DataError: words of another type, an ``out`` of another shape or type.
+        """
         keep = np.empty(self.shape, _BOOL) if out is None else _fitting(out, self.shape, _BOOL)
         if self.words.dtype != _WORD:
             raise DataError(f"packed words are uint32 (got {self.words.dtype}); convert them")
@@ -179,7 +183,12 @@ def element_bool(
 ) -> NDArray[np.bool_]:
     """The mask of :func:`element` unpacked, bool (B, heads, rows, columns), without ever packing it.
 
-    ``out``: a contiguous bool array of that shape to write into and hand back. The rest as :func:`element`.
+    ``out``: a contiguous bool array of that shape to write into and hand back. The rest, errors too, as :func:`element`.
+
+    Example:
+        >>> how = {"key": MaskKey(seed=1), "samples": [7], "rows": 2, "columns": 5, "rate": 0.5}
+        >>> bool(np.array_equal(element_bool(**how), element(**how).to_bool()))
+        True
     """
     ids = _samples(samples)
     keep = _room(out, (ids.size, heads, rows, columns), _BOOL)
@@ -199,7 +208,12 @@ def column(
     """Whole columns dropped, for all rows of a head: shape (B, heads, 1, columns).
 
     ``lengths``: (B,) integers in [0, columns], the examples' real lengths; columns past one are 0. Default: all are real.
-    The rest as :func:`element`.
+    The rest, errors too, as :func:`element`.
+
+    Example:
+        >>> column(MaskKey(seed=1), [7, 8], 5, 0.0, lengths=[5, 3]).to_bool()[:, 0, 0].astype(int)
+        array([[1, 1, 1, 1, 1],
+               [1, 1, 1, 0, 0]])
     """
     ids = _samples(samples)
     words = _room(out, (ids.size, heads, 1, columns), _WORD)
@@ -221,7 +235,12 @@ def span(
 
     ``lengths``: (B,) integers in [0, 2**20]. Of a length n > 0 and a rate > 0, round(rate n), at least 1, columns go;
     every place where the whole block fits is equally likely. Columns past a length are 0; ``columns`` defaults to
-    max(lengths). The rest as :func:`element`.
+    max(lengths). The rest, errors too, as :func:`element`.
+
+    Example:
+        >>> mask = span(MaskKey(seed=1), samples=[7], lengths=[10], rate=0.3)
+        >>> int((~mask.to_bool()).sum()), mask.shape
+        (3, (1, 1, 1, 10))
     """
     counts = _lengths(lengths)
     width = int(counts.max(initial=0)) if columns is None else columns

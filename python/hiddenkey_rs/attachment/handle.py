@@ -51,9 +51,9 @@ def attach(
             reproducible the way these are); ``"off"`` switches it off until :meth:`Handle.detach`, as the paper does.
             An adapter's own (``lora_dropout``) is never touched.
         impl: who computes dropped attention: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"compact"``,
-            ``"blocked"`` (CPU) or ``"triton"`` (CUDA; HiddenCut too)
-            (:func:`hiddenkey_rs.ops.dropped_attention`); an explicit choice never falls back. ``"auto"`` takes Triton's
-            kernels on CUDA wherever they can compute what the model asks for.
+            ``"blocked"`` (CPU; :func:`hiddenkey_rs.ops.dropped_attention` has what each can do) or ``"triton"`` (CUDA; HiddenCut
+            too); an explicit choice never falls back. ``"auto"`` takes Triton's kernels on CUDA wherever they can compute what
+            the model asks for.
 
     Raises:
         UnsupportedModelError: no transformers model, or a family without a place to attach to.

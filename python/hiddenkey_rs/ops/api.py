@@ -39,8 +39,9 @@ def dropped_attention(
     """Attention under a drawn mask: the output (B, H, Q, D), and how many pairs were dropped and allowed, int64 ().
 
     Args:
-        query, key, value, allowed, position, scaling, bias, softcap, sinks, dropout: as :func:`.reference.attention`.
-        keep: bool (B, H or Hkv, 1 or Q, K), the drawn mask. rescue: as :func:`.reference.kept_set`.
+        query, key, value, allowed, position, scaling, bias, softcap, sinks, dropout: as :func:`attention`.
+        keep: bool (B, H or Hkv, 1 or Q, K), the drawn mask. rescue: what a query that lost all its keys attends to, as
+            :func:`kept_set`: ``"own"`` (its own key), ``"all"`` (what it may) or ``"none"``.
         rate: the probability of dropping, for the choice between gathering kept keys and masking dropped ones.
         impl: as :func:`attention`, and ``"compact"``: kept keys are gathered (CPU, whole columns, bidirectional), and
             ``"blocked"``: a block of queries at a time (CPU, masks that differ by query). ``"auto"`` gathers where the keys that
@@ -48,6 +49,14 @@ def dropped_attention(
 
     Raises:
         ConfigError: an unknown ``impl`` or position, or an explicit ``impl`` that cannot compute this.
+
+    Example:
+        >>> import torch
+        >>> q = torch.randn(2, 4, 5, 8)
+        >>> keep = torch.arange(5).ne(2).expand(2, 4, 1, 5)  # column 2 goes
+        >>> out, dropped, total = dropped_attention(q, q, q, allowed=None, keep=keep, rescue="own", rate=0.2)
+        >>> out.shape, int(dropped), int(total)
+        (torch.Size([2, 4, 5, 8]), 40, 200)
     """
     choice(impl, IMPLEMENTATIONS, "impl")
     _refuse_kernels(impl)
@@ -250,10 +259,19 @@ def attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention over a kept set, (B, H, Q, D) -> (B, H, Q, Dv); arguments as :func:`.reference.attention`.
+    """Attention over a kept set, (B, H, Q, D) -> (B, H, Q, Dv). Rows without an allowed key give zeros and pass no gradient.
 
-    ``impl``: ``"reference"``, ``"sdpa"`` (DropKey without bias, soft-capping and sinks) or ``"auto"``, which takes SDPA
-    wherever it can.
+    Args:
+        query: (B, H, Q, D). key, value: (B, Hkv, K, D or Dv) with H a multiple of Hkv; any float dtype.
+        allowed: bool, broadcastable to (B, H, Q, K), what may be attended to; ``None``: everything. kept: what is left of
+            it (:func:`kept_set`); ``None``: all.
+        position: ``"dropkey"`` (paper, section 3.1: softmax over the kept keys) or ``"dropattention"`` (softmax over the
+            allowed keys, renormalised over the kept ones by a denominator without gradient).
+        scaling: of the logits, default 1 / sqrt(D). bias: added to the scaled logits. softcap: c * tanh(logit / c), before
+            any mask. sinks: (H,) logits that join the denominator; they are no keys and are never dropped.
+        dropout: torch's own dropout on the final weights (the stock model's), in [0, 1).
+        impl: ``"reference"``, ``"sdpa"`` (DropKey without bias, soft-capping and sinks) or ``"auto"``, which takes SDPA
+            wherever it can.
 
     Raises:
         ConfigError: an unknown ``impl`` or position, or ``impl="sdpa"`` for what SDPA cannot do.
