@@ -108,18 +108,20 @@ def _ffn_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:
 
 def _cut(stack_pass: Pass, site: Site, depth: int, hidden: Tensor) -> Tensor:
     drop = site.drops[depth]
-    # OPT flattens batch and length before its FFN.
-    states = hidden.reshape(*stack_pass.tokens.document.shape, hidden.shape[-1])
+    shape = stack_pass.tokens.document.shape
+    # OPT flattens batch and length before its FFN. A graph compares no sizes that it may leave open.
+    as_it_is = not torch.compiler.is_compiling() and hidden.shape[:-1] == shape
+    states = hidden if as_it_is else hidden.reshape(*shape, hidden.shape[-1])
     output, kept = drop_tokens(stack_pass, site, drop, depth, states)
     total = stack_pass.tokens.real_count
     _note(stack_pass, site, depth, kept, total * hidden.shape[-1] if drop.pattern == "element" else total)
-    return output.view(hidden.shape)
+    return output if as_it_is else output.view(hidden.shape)
 
 
-def _note(stack_pass: Pass, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
-    """Count what was dropped of what is real."""
+def _note(stack_pass: Pass, site: Site, depth: int, kept: Tensor, total: Any) -> None:
+    """Count what was kept of what is real."""
     stack_pass.visit(site)
-    stack_pass.count(site, depth, total - kept, total)
+    stack_pass.count(site, depth, kept, total)
 
 
 def _input_hook(session: Session, site: Site, number: int) -> Callable[..., Any]:

@@ -168,7 +168,7 @@ def hiddenkey_attention(
         impl=stack_pass.impl,
         **how,
     )
-    stack_pass.count(site, depth, dropped, total)
+    stack_pass.count(site, depth, total - dropped, total)
     return output.transpose(1, 2).contiguous(), None
 
 

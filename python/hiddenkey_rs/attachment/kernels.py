@@ -94,7 +94,7 @@ def attend(
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
         total = query.shape[1] * stack_pass.allowed_pairs(site, causal, width)
-        stack_pass.count(site, depth, total - kept, total)
+        stack_pass.count(site, depth, kept, total)
     return output
 
 

@@ -93,10 +93,10 @@ class StackPass:
             self.reached.add(site)
             site.calls += 1
 
-    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor | int) -> None:
-        """So many of the pairs or places that the site could drop were dropped, int64 ()."""
+    def count(self, site: Site, depth: int, kept: Tensor, total: Tensor | int) -> None:
+        """So many of the pairs or places that the site could drop were kept, int64 ()."""
         if self.counts(site):
-            site.count(depth, dropped, total)
+            site.count(depth, kept, total)
 
     def column_tokens(self, site: Site) -> Tokens:
         """The tokens that are this site's columns: the encoder's for cross-attention, else the stack's own."""
@@ -138,7 +138,10 @@ class StackPass:
         """The site's keys, int64 (branches, 2)."""
         if (site.site, depth) not in self._keys:
             # Of all sites at once: a transfer to the device takes the host as long as a small layer.
-            places = dict.fromkeys((one.site, d) for one in self.dropping for d in one.drops)
+            wanted = ((one.site, d, drop) for one in self.dropping for d, drop in one.drops.items())
+            places = dict.fromkeys(
+                (name, d) for name, d, drop in wanted if drop.pattern == "element"
+            )  # others are planned
             places[site.site, depth] = None
             order = self.tokens.branch_order
             found = [[MaskKey(self.seed, self.step, b, d, name).derive() for b in order] for name, d in places]

@@ -52,7 +52,7 @@ class Places:
             tokens.real,
             tokens.row_samples,
             tokens.row_positions,
-            tokens.real_count,
+            to_device(torch.tensor(tokens.real_count), tokens.document.device),
             tokens.sample_ids,
             tokens.real_lengths,
             tokens.packed,
@@ -62,7 +62,7 @@ class Places:
 class PreparedPass:
     """What a forward pass of a compiled model takes its masks from. Methods and their results as :class:`.StackPass`.
 
-    Counts are added up in ``counter``, int64 (slots, 3): dropped, total, calls. It is the same tensor in every step, and
+    Counts are added up in ``counter``, int64 (slots, 3): kept, total, calls. It is the same tensor in every step, and
     changed in place, because a graph's results can leave a checkpointed layer in no other way.
     """
 
@@ -105,10 +105,10 @@ class PreparedPass:
     def visit(self, site: Site) -> None:
         """Calls are counted where something is dropped."""
 
-    def count(self, site: Site, depth: int, dropped: Tensor, total: Tensor) -> None:
+    def count(self, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
         """Add to the counter."""
         if self.running:
-            self.counter[self.slots[site.kind, depth]].add_(torch.stack((dropped, total, torch.ones_like(total))))
+            self.counter[self.slots[site.kind, depth]].add_(torch.stack((kept, total, torch.ones_like(total))))
 
     def column_tokens(self, site: Site) -> Places:
         """The tokens that are this site's columns."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from .counts import Tally, read
 from .sites import Site
 
 if TYPE_CHECKING:
@@ -89,19 +90,17 @@ def realised(sites: Iterable[Site]) -> dict[str, float]:
 def counted(sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
     """(dropped, allowed) by site name, over all layers and calls counted so far."""
     totals: dict[str, tuple[int, int]] = {}
-    for site in sites:
-        for dropped, allowed in site.counts.values():
-            before = totals.get(site.site, (0, 0))
-            totals[site.site] = (before[0] + int(dropped), before[1] + int(allowed))
+    found = [(site.site, tally) for site in sites for tally in site.counts.values()]
+    for (name, _), (dropped, allowed) in zip(found, read([tally for _, tally in found]), strict=True):
+        before = totals.get(name, (0, 0))
+        totals[name] = (before[0] + dropped, before[1] + allowed)
     return totals
 
 
 def _row(site: Site, depth: int) -> ReportRow:
     drop = site.drops[depth]
-    counts = site.counts.get(depth)
-    measured = None
-    if counts is not None and int(counts[1]):
-        measured = int(counts[0]) / int(counts[1])
+    [(dropped, allowed)] = read([site.counts.get(depth, Tally())])
+    measured = dropped / allowed if allowed else None
     kind = drop.pattern if drop.position in ("input", "output") else f"{drop.position} {drop.pattern}"
     return ReportRow(site.site, depth, site.name, kind, drop.rate, drop.realised, measured, site.calls)
 

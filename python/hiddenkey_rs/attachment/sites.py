@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import RATE_LEVELS, HiddenKeyConfig, matches, rate_for, resolve_layers, threshold
 from ..errors import ConfigError, UnsupportedModelError
 from ..plan import PlanEntry, plannable
+from .counts import Tally
 from .families import Family, StackSpec
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Site:
     stack: Stack | None
     drops: dict[int, SiteDrop] = field(default_factory=dict)
     calls: int = 0
-    counts: dict[int, list[Tensor | int]] = field(default_factory=dict)
+    counts: dict[int, Tally] = field(default_factory=dict)
 
     @property
     def crosses(self) -> bool:
@@ -94,13 +95,9 @@ class Site:
         """:attr:`crosses` as a place in a pair of plans. A number: torch 2.11's graphs index by no bool."""
         return 1 if self.crosses else 0
 
-    def count(self, depth: int, dropped: Tensor, allowed: Tensor | int) -> None:
-        """Add to the dropped and allowed totals (0-dim int64 tensors, left on their device, or known to the host)."""
-        if depth in self.counts:
-            total = self.counts[depth]
-            self.counts[depth] = [total[0] + dropped, total[1] + allowed]
-        else:
-            self.counts[depth] = [dropped, allowed]
+    def count(self, depth: int, kept: Tensor, possible: Tensor | int) -> None:
+        """So many of the pairs or places that could be dropped were kept; see :class:`.Tally`."""
+        self.counts.setdefault(depth, Tally()).add(kept, possible)
 
 
 @dataclass(eq=False)

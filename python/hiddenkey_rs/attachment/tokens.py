@@ -34,6 +34,8 @@ class Tokens:
     document: Tensor
     position: Tensor
     real: Tensor
+    real_count: int
+    """How many tokens are no padding."""
     aligned: bool
     told: bool = False
     """As :attr:`RowFacts.told`."""
@@ -58,11 +60,6 @@ class Tokens:
     def row_positions(self) -> Tensor:
         """Every token's place in its example, int64 (batch * length,)."""
         return self.position.flatten().contiguous()
-
-    @cached_property
-    def real_count(self) -> Tensor:
-        """How many tokens are no padding, int64 ()."""
-        return self.real.count_nonzero()
 
     @cached_property
     def sample_ids(self) -> Tensor:
@@ -137,6 +134,7 @@ def from_rows(samples: np.ndarray, real: Tensor | RowFacts, branches: tuple[int,
         document=torch.arange(rows, device=real.device)[:, None].expand_as(real),
         position=facts.position,
         real=real,
+        real_count=int(facts.lengths.sum()),
         aligned=facts.aligned,
         told=facts.told,
     )
@@ -170,6 +168,7 @@ def from_packed(
         document=to_device(torch.from_numpy(np.tile(document, (copies, 1)) + shift), device),
         position=to_device(torch.from_numpy(np.tile(offsets, (copies, 1))), device),
         real=to_device(torch.from_numpy(np.tile(real, (copies, 1))), device),
+        real_count=copies * int(real.sum()),
         aligned=False,
         crowded=bool((held > 1).any()),
         packed=bool((held != 1).any()),
