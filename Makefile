@@ -17,7 +17,7 @@ PLANS := controls tuned tuned_by_loss single_methods compensation generation lla
 .PHONY: help setup demo test test-rust build-rust lint lint-rust format bench stats gpu evidence $(PLANS:%=evidence-%) results compat fuzz soak docs wheel all clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built ## the environment in .venv, with the extension built
 

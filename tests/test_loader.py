@@ -77,7 +77,7 @@ def test_batches_are_the_rows(workers: int) -> None:
 
 
 CASES = [("fork", 1), ("fork", 2), ("fork", 8), ("forkserver", 2)]
-SLOW_CASES = [("spawn", 2), ("forkserver", 8)]  # whose workers load torch anew
+SLOW_CASES = [("spawn", 8), ("forkserver", 8)]  # whose workers load torch anew
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 
 import families
 import hiddenkey_rs as hk
@@ -75,10 +74,12 @@ def test_an_adapter_that_calls_the_forward_of_a_bare_stack_is_an_error() -> None
         bare(input_ids=ids)
 
 
-def test_layers_run_again_in_backward_are_no_error() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_run_again_in_backward_are_no_error(reentrant: bool) -> None:
     """Without dropout there is no pass that a replay could find."""
     model = families.build("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
     handle = hk.attach(model, "dropkey-column", stock_dropout="off")
     with handle.step(0, [-1]):  # a padding row
         loss = handle.loss(input_ids=torch.full((1, 6), 7), labels=torch.full((1, 6), 7))
@@ -119,6 +120,9 @@ def test_an_ffn_checkpointed_by_itself_is_refused_and_a_whole_layer_is_not() -> 
     message = r"checkpointed by itself .*\(got CheckpointWrapper at 'model.layers.3.mlp'\)"
     with pytest.raises(hk.StateError, match=message), handle.step(3, IDS):
         pass
+    layers[3].mlp = offload_wrapper(plain)  # which runs nothing again
+    with handle.step(3, IDS):
+        pass
     layers[3].mlp = plain
     for n in range(len(layers)):
         layers[n] = checkpoint_wrapper(layers[n])
@@ -128,6 +132,18 @@ def test_an_ffn_checkpointed_by_itself_is_refused_and_a_whole_layer_is_not() -> 
     assert torch.equal(loss, expected[0])
     found = {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
     torch.testing.assert_close({name: found[name] for name in expected[1]}, expected[1])
+
+
+def test_a_part_that_is_trained_as_a_copy_is_refused_untouched() -> None:
+    """peft's wrapper around a whole layer hands on the names of what is inside."""
+    model = families.build("bert")
+    settings = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["output"])
+    model = peft.get_peft_model(model, settings)
+    before = model.config._attn_implementation
+    with pytest.raises(hk.UnsupportedModelError, match="a module stands for another one that it holds elsewhere"):
+        hk.attach(model, "hiddenkey")
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("where", ["layer", "ffn"])
@@ -162,9 +178,11 @@ def test_classes_of_a_notebook_are_judged_by_the_librarys() -> None:
 def test_a_model_spread_over_devices_is_refused() -> None:
     model = families.build("llama")
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    with pytest.raises(hk.UnsupportedModelError, match=r"spread over devices.*\(got 0, 1 in its device_map\)"):
+    with pytest.raises(
+        hk.UnsupportedModelError, match=r"spread over devices.*\(got cuda:0, cuda:1 in its device_map\)"
+    ):
         hk.attach(model, "hiddenkey")
-    model.hf_device_map = {"": 0}
+    model.hf_device_map = {"model": 0, "lm_head": "cuda:0", "more": torch.device("cuda", 0)}
     hk.attach(model, "hiddenkey")
 
 
@@ -180,12 +198,3 @@ def test_a_batch_may_bring_the_number_of_items(gradient: str) -> None:
         assert torch.equal(handle.loss(**batch, num_items_in_batch=torch.tensor(50)), expected.loss)
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.consistency, expected.consistency)
-
-
-def test_reentrant_checkpoints_of_stock_passes_find_their_way() -> None:
-    model = families.build("llama").train()
-    hk.attach(model, "none")
-    states = torch.randn(2, 5, model.config.hidden_size, requires_grad=True)
-    rotary = model.model.rotary_emb(states, torch.arange(5)[None])
-    layer = model.model.layers[0]
-    checkpoint(lambda x: layer(x, position_embeddings=rotary), states, use_reentrant=True).sum().backward()

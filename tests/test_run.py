@@ -331,7 +331,6 @@ def test_choices_from_a_file_and_overrides(files: list[str], tmp_path: Path) -> 
         (["--kind", "lm"], "needs two text fields"),
         (["--train-size", "33"], "there are too few training rows (got train_size 33 of 32); lower train_size"),
         (["--train-size", "0"], "train_size must be a whole number above 0 (got 0)"),
-        (["--max-length", "1025"], "no place for so many tokens (got max_length 1025, it has 1024)"),
         (["--seed", "4294967296"], "the seed must lie in 0..2^32-1, as NumPy's generators ask (got 4294967296)"),
         (["--seed", "-1"], "the seed must lie in 0..2^32-1"),
         (["--alpha", "nan"], "LoRA's alpha must be above 0 (got nan)"),

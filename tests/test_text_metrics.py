@@ -319,6 +319,9 @@ def test_a_task_of_glue_comes_from_the_hub_where_no_folder_has_it(
     rows = [{"question": f"q {n}", "sentence": f"s {n}", "label": n % 2} for n in range(4)]
     for split in ("train", "validation"):
         write(tmp_path / "hub" / f"{split}.jsonl", rows)
+    with pytest.raises(DataError, match=r"without 'QNLI'; it holds hub\).*or leave it out"):  # no folder of tasks
+        data.task_splits(replace(task, hub=(str(tmp_path / "hub"), None)), tmp_path)
+    (tmp_path / "RTE").mkdir()
     there = replace(task, hub=(str(tmp_path / "hub"), None))
     splits = data.task_splits(there, tmp_path)
     assert [row["label"] for row in splits.dev] == [0, 1, 0, 1]

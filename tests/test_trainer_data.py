@@ -50,7 +50,7 @@ def test_a_stream_with_a_length_trains_and_saves(tmp_path: Path) -> None:
 
 
 def test_a_collator_that_writes_over_its_batches_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(hk.ConfigError, match=r"holds all batches of a step at once \(got a Collator with buffers=2"):
+    with pytest.raises(hk.ConfigError, match=r"holds batches for as long as it likes \(got a Collator with buffers=2"):
         trainer(tmp_path, work.store(PLAIN), data_collator=hk.Collator(buffers=2))
     trainer(tmp_path, work.store(PLAIN), data_collator=hk.Collator())
 
@@ -135,6 +135,16 @@ def test_unused_columns_are_not_even_read(tmp_path: Path) -> None:
             trainer(tmp_path, data, loader=loader, data_collator=padding).train()
     assert seen
     assert all("image" not in names for names in seen)
+
+
+@pytest.mark.parametrize("loader", ["stock", "hiddenkey"])
+def test_a_transform_reads_the_columns_that_it_wants(loader: str, tmp_path: Path) -> None:
+    def made(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": [[5 + len(text), 7] for text in batch["text"]], "labels": batch["kind"]}
+
+    data = datasets.Dataset.from_dict({"text": ["a", "bc", "d", "efg"] * 3, "kind": [0, 1, 0, 1] * 3})
+    run = trainer(tmp_path, data.with_transform(made), loader=loader, data_collator=padding)
+    assert run.train().global_step == 2
 
 
 @pytest.mark.parametrize("loader", ["stock", "hiddenkey"])

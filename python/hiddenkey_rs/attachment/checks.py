@@ -108,10 +108,11 @@ def check_model(base: transformers.PreTrainedModel) -> None:
             "GPT-2 hands no keyword arguments to its cross-attention, so its dropout cannot reach it (got "
             "add_cross_attention=True); use another decoder, such as BART's or BERT's"
         )
-    devices = set((getattr(base, "hf_device_map", None) or {}).values())
+    placed = (getattr(base, "hf_device_map", None) or {}).values()
+    devices = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed}
     if len(devices) > 1:
         raise UnsupportedModelError(
-            f"the model is spread over devices, and masks lie on one (got {', '.join(map(str, devices))} in its device_map); "
+            f"the model is spread over devices, and masks lie on one (got {', '.join(sorted(devices))} in its device_map); "
             'load it whole, with device_map={"": local_rank}, and train in one process a device'
         )
     chunk = getattr(base.config, "chunk_size_feed_forward", 0)

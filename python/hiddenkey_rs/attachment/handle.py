@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import numpy as np
 import transformers
@@ -170,6 +170,8 @@ class Handle:
         plan(config, self.stacks, self.output)
         check_plan(config, self.stacks)
         compared.check_classes(self)
+        self.head = head_of(self)
+        self._wiring = self._wires()
         found = implementations(self.base)
         self.stock = StockDropout(self.base, stock_dropout)
         self._check_consistency()
@@ -195,30 +197,30 @@ class Handle:
             guided=self.config.hidden is not None and self.config.hidden.start == "attention",
             choices=compared.is_for("MultipleChoice", self.base),
         )
-        outside = WeakMethod(self.session.check_outside)  # a config's way here must not keep the model alive
         for implementation in found:
-            implementation.outside = lambda module: None if (check := outside()) is None else check(module)
-        self.sharing, self.head = Sharing(self), head_of(self)
+            implementation.session = ref(self.session)
+        self.sharing = Sharing(self)
         removers = hooks.install(self.session, self.stacks, self.output, self.head)
+        self.session.undo = partial(_undo, self.session, removers, self.sharing, self.stock, ref(self.base))
+        self.session.attached, self.session.handle = True, ref(self)
+        _ATTACHED[self.base] = ref(self.session)
+
+    def _wires(self) -> Wiring:
+        """The ways to every module that drops, or hands over what is compared."""
         compares = compared.compares_features(self)
         dropping = [site for site in self.sites if site.drops or (compares and site is self.output)]
         head = [] if self.head is None else [name for name, m in self.base.named_modules() if m is self.head.module]
         attended = [site.name for site in self.sites if site.kind in ATTENTION_KINDS]
         cut = [site.name for site in dropping if site.kind == "ffn"]
-        self._wiring = Wiring(self.base, [*(site.name for site in dropping), *head], attended, cut)
-        self.session.undo = partial(_undo, self.session, removers, self.sharing, self.stock, ref(self.base))
-        self.session.attached, self.session.handle = True, ref(self)
-        _ATTACHED[self.base] = ref(self.session)
+        return Wiring(self.base, [*(site.name for site in dropping), *head], attended, cut)
 
     def put_back(self) -> None:
         """Attach again what was taken away: for who took it away too early."""
         if self.stock.off:
             self.stock = StockDropout(self.base, "off")
-        session, observer = self.session, None if self.head is None else self.head.observer
+        session = self.session
         self._install(implementations(self.base))
         self.session.of_trainer, self.session.recorder = session.of_trainer, session.recorder
-        if self.head is not None:
-            self.head.observer = observer
 
     def detach(self) -> None:
         """Take everything away again; the model is the object that it was before, bit for bit. Harmless twice.

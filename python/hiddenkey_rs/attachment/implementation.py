@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import StateError
 from .interface import IMPLEMENTATIONS, NAME, register
 
+if TYPE_CHECKING:
+    from .session import Session
 
-def _allowed(module: nn.Module) -> None:
+
+def _nobody() -> None:
     """Until something is attached."""
 
 
@@ -28,8 +31,8 @@ class Implementation:
         self.active = False
         self.maskless = False
         """Whether attention knows by itself what may attend to what in this pass, so that no mask of pairs is to be made."""
-        self.outside: Callable[[nn.Module], None] = _allowed
-        """Is asked about attention that runs outside every forward pass of a stack."""
+        self.session: Callable[[], Session | None] = _nobody
+        """The session that it serves, weakly: a config's way here must not keep the model alive."""
         self.packed = False
         """Whether that holds for the masks of packed rows in this pass, too: one of them was found to say the same."""
 

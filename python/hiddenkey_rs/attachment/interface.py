@@ -213,8 +213,9 @@ def _check_outside(module: nn.Module) -> None:
             f"the model hands no keyword arguments to this attention, so its dropout cannot reach it (got "
             f"{type(module).__name__}); use a model class of which every attention layer receives them"
         )
-    if implementation is not None:
-        implementation.outside(module)
+    session = None if implementation is None else implementation.session()
+    if session is not None:
+        session.check_outside(module)
 
 
 def _stock_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..errors import StateError
+from ..errors import StateError, UnsupportedModelError
 
-_CHECKPOINTS = "_checkpoint_wrapped_module"
-_WRAPPED = ("_orig_mod", _CHECKPOINTS)
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 """Where what torch.compile and torch's checkpoint wrappers make of a module holds it. (An adapter's layer computes more.)"""
 
 
@@ -30,7 +29,13 @@ class Wiring:
                 name = done.rpartition(".")[2]
                 held = owner.get_submodule(name)
                 while name not in owner._modules:  # seen through a wrapper that was there already
-                    owner = next(owner.get_submodule(inner) for inner in _WRAPPED if inner in owner._modules)
+                    inside = next((inner for inner in _WRAPPED if inner in owner._modules), None)
+                    if inside is None:
+                        raise UnsupportedModelError(
+                            f"a module stands for another one that it holds elsewhere (got {type(owner).__name__} at "
+                            f"{done.rpartition('.')[0]!r}); train that part by an adapter inside it, not as a whole copy"
+                        )
+                    owner = owner.get_submodule(inside)
                 self._edges[done] = (None if owner is model else owner, name, held)
                 owner = held
         shared = {done for path in attended for done in _ways(path)}
@@ -41,10 +46,10 @@ class Wiring:
         for path, (owner, name, held) in self._edges.items():
             found = first = (model if owner is None else owner)._modules.get(name)
             while found is not None and found is not held:
-                if path in self._alone and _CHECKPOINTS in found._modules:
+                if path in self._alone and hasattr(found, "checkpoint_impl"):
                     raise StateError(
-                        f"an FFN that is checkpointed by itself runs again without its layer's attention, which tells it what to "
-                        f"drop (got {type(found).__name__} at {path!r}); checkpoint whole layers"
+                        f"an FFN that is checkpointed by itself runs again without its layer's attention, and then may draw other "
+                        f"masks (got {type(found).__name__} at {path!r}); checkpoint whole layers"
                     )
                 found = next((found._modules[inner] for inner in _WRAPPED if inner in found._modules), None)
             if found is None:

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from ..loading.arrow import load_hub
 from .extras import extra
-from .tasks import Task
+from .tasks import FOLDERS, Task
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def task_splits(task: Task, folder: str | Path | None) -> Splits:
             raise ConfigError(f"the task is in no library (got {task.name!r} without data); give --data DIR")
         return hub_splits(task, *task.hub, seed=0)
     root = Path(folder) / task.folder
-    if task.hub is not None and Path(folder).is_dir() and not root.is_dir():
+    if task.hub is not None and not root.is_dir() and any((Path(folder) / name).is_dir() for name in FOLDERS):
         logger.warning(
             "%s has no folder %s: the task comes from %s of the datasets library", folder, task.folder, task.hub[0]
         )
@@ -104,6 +104,7 @@ def task_splits(task: Task, folder: str | Path | None) -> Splits:
         raise DataError(
             f"the data folder does not hold the task (got {str(folder)!r} without {task.folder!r}; it holds "
             f"{', '.join(found) or 'nothing'}); point --data at the folder of task folders"
+            + (", or leave it out: the task comes from the hub" if task.hub else "")
         )
     train, dev = (checked(read_rows(_split_file(root, name)), task, root / name) for name in ("train", "dev"))
     test = None
@@ -137,7 +138,8 @@ def hub_splits(task: Task, name: str, config: str | None, seed: int) -> Splits:
     ours = dict(zip(task.hub_fields, task.fields, strict=False))
     rows = {
         split: [
-            {ours.get(name, name): value for name, value in row.items()} | {"__line__": n} for n, row in enumerate(part)
+            {ours.get(column, column): value for column, value in row.items()} | {"__line__": n}
+            for n, row in enumerate(part)
         ]
         for split, part in loaded.items()
     }
@@ -210,19 +212,20 @@ def with_label_numbers(splits: Splits, task: Task) -> Splits:
 
 
 def hold_out(rows: list[Row], seed: int, source: str | Path, unit: str | None = None) -> tuple[list[Row], list[Row]]:
-    """A tenth of the rows, chosen by the seed, held out for development: those that share a ``unit`` together."""
+    """About a tenth of the rows, chosen by the seed, held out for development: those that share a ``unit`` together."""
     keys = [n if unit is None else row[unit] for n, row in enumerate(rows)]
     sizes = Counter(keys)
     order = list(sizes)
     random.Random(seed).shuffle(order)
     wanted, count, held = max(1, round(_HELD_OUT * len(rows))), 0, set()
-    for key in order:
+    # What is more by itself would leave little to train on; where all are, the least.
+    for key in [key for key in order if sizes[key] <= wanted] or sorted(order, key=sizes.__getitem__)[:1]:
         if count >= wanted:
             break
         held.add(key)
         count += sizes[key]
-    if count >= len(rows):
-        alike = "" if unit is None else f" with one {unit!r}"
+    if not held or 2 * count > len(rows):
+        alike = "" if unit is None else f" that share few values of {unit!r}"
         raise DataError(
             f"too few rows to hold some out for development (got {len(rows)}{alike} in {str(source)!r}); give --dev-file"
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from .data import Row
 from .tasks import Task
+
+logger = logging.getLogger(__name__)
 
 Example = dict[str, Any]
 IGNORED = -100
@@ -17,20 +20,18 @@ _TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def longest_row(asked: int | None, task: Task, model: Any) -> int:
-    """Tokens that a row may have: as many as ``asked`` for, or the task's number, if the model has a place for so many.
+    """Tokens that a row may have: as many as ``asked`` for, or the task's number, but not more than the model has places for.
 
-    Raises:
-        ConfigError: more asked for than the model has places in a table; what turns or biases attention goes on beyond.
+    Models that turn or bias attention have places without end. That fewer are left than were asked for is logged.
     """
     room = _places(model)
     if asked is None:
         known = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
         return min([task.max_length, *(limit for limit in (room, known) if limit)])
-    if room is not None and asked > room:
-        raise ConfigError(
-            f"the model has no place for so many tokens (got max_length {asked}, it has {room}); lower --max-length"
-        )
-    return asked
+    if room is None or asked <= room:
+        return asked
+    logger.warning("the model has places for %d tokens: rows keep so many and not %d", room, asked)
+    return room
 
 
 def _places(model: Any) -> int | None:

@@ -92,6 +92,9 @@ TASKS = {
     )
 }
 
+FOLDERS = {task.folder for task in TASKS.values() if task.folder}
+"""What a folder of data holds: one or several of these."""
+
 
 def own_task(name: str, fields: tuple[str, ...], kind: str, label: str, num_labels: int) -> Task:
     """A task made of the user's files."""

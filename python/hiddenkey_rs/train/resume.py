@@ -121,7 +121,8 @@ def check_place(folder: str, epoch: float, drawn: str) -> None:
     if epoch > 1 and not epoch.is_integer():
         raise StateError(
             f"the stock loader cannot find its place among rows that are {drawn} (got {folder!r} in the middle of "
-            f"epoch {int(epoch) + 1}); resume at an epoch's end, or train with loader='hiddenkey', which sorts by length, too"
+            f"epoch {int(epoch) + 1}); resume at an epoch's end, or train with loader='hiddenkey', which finds every place and "
+            "sorts by length, too"
         )
 
 

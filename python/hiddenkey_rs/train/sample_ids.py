@@ -86,8 +86,8 @@ class SampleIdCollator:
         ids = [feature[SAMPLE_ID] for feature in features]
         rest = [{name: value for name, value in feature.items() if name not in _OWN} for feature in features]
         batch = dict(self.collator(rest))
-        ids = [given if np.ndim(given) == 1 else _number(given) for given in ids]
         by_token = [np.ndim(given) == 1 for given in ids]
+        ids = [given if listed else _number(given) for given, listed in zip(ids, by_token, strict=True)]
         if not any(by_token) and not _flattened(batch):
             return {**batch, SAMPLE_ID: torch.tensor(ids, dtype=torch.int64)}
         spread = [
@@ -159,8 +159,8 @@ def _lay(parts: Sequence[Any], batch: Mapping[str, Any], name: str) -> Tensor:
 
 def is_hub_data(dataset: Any) -> bool:
     """Whether it is a ``datasets.Dataset``; that package need not be there."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(dataset, datasets.Dataset)
+    kind = getattr(sys.modules.get("datasets"), "Dataset", None)
+    return isinstance(kind, type) and isinstance(dataset, kind)
 
 
 def with_sample_ids(dataset: Any) -> Any:

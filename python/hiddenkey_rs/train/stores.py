@@ -30,8 +30,8 @@ def check_stores(collator: Any, train: Any, evaluated: Any) -> None:
     """
     if isinstance(collator, Collator) and collator.buffers:
         raise ConfigError(
-            f"the Trainer holds all batches of a step at once (got a Collator with buffers={collator.buffers}, which would "
-            "write over them); leave buffers out"
+            f"the Trainer holds batches for as long as it likes (got a Collator with buffers={collator.buffers}, which may write "
+            "over them); leave buffers out"
         )
     if isinstance(train, Subset) and is_store(_whole(train)):
         raise DataError(

@@ -31,12 +31,6 @@ from .stores import StoreCollator, check_stores, is_store
 from .stream import Stream
 
 _RATE = "realised_rate_"
-_DRAWN = {
-    ("group_by_length", True): "grouped by length",
-    ("group_by_length", False): "grouped by length",
-    ("random", False): "drawn without use_seedable_sampler",
-}
-"""(The order, whether its sampler has a seed of its own) -> what is drawn from torch's global generator."""
 
 if TYPE_CHECKING:  # the mixin is read as what it stands in front of; it has no base, so that it fits every Trainer
     from transformers import Trainer as _Trainer
@@ -145,7 +139,8 @@ class HiddenKeyTrainerMixin(_Trainer):
             if "compute_loss" in vars(behind) and behind not in cls._known_losses:
                 raise ConfigError(
                     f"training would not use the loss of {behind.__name__} (got {cls.__name__}, where its compute_loss stands "
-                    "behind the mixin); give that loss as compute_loss_func=, which takes (outputs, labels)"
+                    "behind the mixin); give that loss as compute_loss_func=, which is called with outputs, labels and "
+                    "num_items_in_batch=None"
                 )
 
     def _check_given(self) -> None:
@@ -206,7 +201,8 @@ class HiddenKeyTrainerMixin(_Trainer):
     def _without_unused(self) -> Iterator[None]:
         """Columns that the model does not take leave before they are read, as where the Trainer sees the data set."""
         data = self.train_dataset
-        if isinstance(data, WithSampleIds) and is_hub_data(data.dataset):
+        # A transform of one's own reads other columns than it gives: what it gives is looked through by the collator.
+        if isinstance(data, WithSampleIds) and is_hub_data(data.dataset) and data.dataset.format["type"] != "custom":
             self.train_dataset = WithSampleIds(self._remove_unused_columns(data.dataset, description="training"))
         try:
             yield
@@ -381,7 +377,7 @@ class HiddenKeyTrainerMixin(_Trainer):
         own_dropout = bool(self.handle.stock.live) or self.handle.adapter_dropout
         warn_about_generators(found, self._scale(), own_dropout)
         state = transformers.TrainerState.load_from_json(os.path.join(found, "trainer_state.json"))
-        drawn = _DRAWN.get((order_of(self.args), bool(self.args.accelerator_config.use_seedable_sampler)))
+        drawn = _drawn_globally(self.args)
         if drawn and self._loader is None and has_length(self.train_dataset) and not self.args.ignore_data_skip:
             check_place(found, float(state.epoch or 0), drawn)
         self._begin = state.global_step
@@ -390,6 +386,15 @@ class HiddenKeyTrainerMixin(_Trainer):
 
 class HiddenKeyTrainer(HiddenKeyTrainerMixin, transformers.Trainer):
     """``transformers.Trainer`` with dropout attached; see :class:`HiddenKeyTrainerMixin`."""
+
+
+def _drawn_globally(arguments: Any) -> str | None:
+    """What of the stock loader's order torch's global generator draws, if anything."""
+    order = order_of(arguments)
+    if order == "group_by_length":
+        return "grouped by length"
+    seeded = arguments.accelerator_config.use_seedable_sampler
+    return "drawn without use_seedable_sampler" if order == "random" and not seeded else None
 
 
 def logged_rates(logs: Mapping[str, Any]) -> dict[str, float]:
