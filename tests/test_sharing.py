@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 
@@ -115,3 +116,92 @@ def test_the_report_says_why_all_layers_run_again(family: str, config, stock: st
 def test_one_pass_is_not_spoken_of() -> None:
     handle = hk.attach(families.build("llama"), "hiddenkey-minus", stock_dropout="off")
     assert "second pass" not in str(handle.report())
+
+
+def noisy(model: torch.nn.Module) -> None:
+    """As NEFTune, whose hook comes after attaching."""
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output + torch.randn_like(output) / 9)
+
+
+def test_noise_below_the_cut_is_of_each_pass() -> None:
+    model, batch = families.build("llama"), families.batch("llama")
+    twin = copy.deepcopy(model)
+    found = []
+    for candidate in (model, twin):
+        handle = hk.attach(candidate, hk.HiddenKeyConfig(), stock_dropout="off")
+        noisy(candidate)
+        if candidate is twin:
+            handle.sharing.layers = []
+        calls = count_calls(candidate, handle)
+        for number in range(2):
+            with handle.step(number, IDS):
+                handle.loss(**batch)
+        found.append(float(handle.last.consistency))
+        assert calls == [4] * families.LAYERS
+        if candidate is model:
+            assert "something below the first dropping layer draws anew in every pass" in str(handle.report())
+    assert found[0] != found[1]  # another order of the passes, so other noise
+    assert min(found) > 0
+
+
+def test_hooks_of_others_act_once_in_each_pass() -> None:
+    """On the last layer that both passes share, too: a steering vector, say."""
+    batch, losses = families.batch("llama"), []
+    for all_layers in (False, True):
+        model = families.build("llama")
+        model.model.layers[families.LAYERS // 2 - 1].register_forward_hook(lambda module, args, output: output + 0.5)
+        handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+        if all_layers:
+            whole(handle)
+        with handle.step(3, IDS):
+            losses.append(handle.loss(**batch))
+    assert torch.equal(*losses)
+
+
+def test_adapters_that_drop_ranks_draw_in_every_pass() -> None:
+    settings = peft.LoHaConfig(r=2, target_modules=["q_proj"], rank_dropout=0.1)
+    model = peft.get_peft_model(families.build("llama"), settings)
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    assert handle.adapter_dropout
+    assert "torch's own dropout draws anew in every pass" in str(handle.report())
+    plain = hk.HiddenKeyConfig(attention=None, hidden=None)
+    handle.detach()
+    hk.attach(model, plain, stock_dropout="off")  # two passes that differ
+
+
+def test_routers_that_run_in_no_second_pass_have_no_loss_there() -> None:
+    model, batch = families.build("mixtral"), families.batch("mixtral")
+    config = hk.HiddenKeyConfig(attention=None, hidden=None, output=hk.ElementDrop(rate=0.2))
+    handle = hk.attach(model, config, stock_dropout="off")
+    assert handle.sharing.count == families.LAYERS
+    with handle.step(3, IDS):
+        loss = handle.loss(**batch, output_router_logits=True)
+        whole(handle)
+        torch.testing.assert_close(handle.loss(**batch, output_router_logits=True), loss)
+
+
+@pytest.mark.parametrize("family", ["mbart", "plbart", "bart", "t5"])
+def test_a_padding_row_of_an_encoder_decoder(family: str) -> None:
+    handle = hk.attach(families.build(family), "hiddenkey", stock_dropout="off")
+    with handle.step(0, [-1]):
+        loss = handle.loss(input_ids=torch.full((1, 6), 7), labels=torch.full((1, 5), -100))
+    loss.backward()
+    assert float(loss.detach()) == 0
+
+
+def test_a_copy_of_a_compiled_model_is_its_own() -> None:
+    model, batch = families.build("llama"), families.batch("llama")
+    handle = hk.attach(model, hk.HiddenKeyConfig(), stock_dropout="off")
+    model.compile(backend="eager")
+    with handle.step(0, IDS):
+        handle.loss(**batch)
+    copied = copy.deepcopy(model)
+    copied.set_attn_implementation("sdpa")
+    lowest = copied.model.layers[0]
+    assert lowest.forward.__self__ is lowest
+    for value in copied.parameters():
+        value.data.zero_()
+    states = torch.randn(1, 3, model.config.hidden_size)
+    rotary = copied.model.rotary_emb(states, torch.arange(3)[None])
+    assert torch.equal(lowest.eval()(states, position_embeddings=rotary), states)

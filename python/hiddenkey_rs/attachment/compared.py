@@ -168,7 +168,7 @@ def _pooled(handle: Handle, batch: dict[str, Any], features: Tensor | None) -> T
         return features[:, 0]
     # As transformers' heads choose: the last token that is not padding, which they know by its id.
     ids, padding = batch.get("input_ids"), handle.base.config.get_text_config().pad_token_id
-    if ids is None or padding is None:
+    if ids is None or padding is None or features.shape[1] != ids.shape[1]:  # a prompt stands before them
         return features[:, -1]
     places = torch.arange(ids.shape[1], device=ids.device) * ids.ne(padding)
     return features[torch.arange(len(features), device=ids.device), places.argmax(dim=1)]

@@ -29,7 +29,7 @@ from .passes import MaskRecorder
 from .session import ActiveStep, Session
 from .sharing import Sharing
 from .sites import ATTENTION_KINDS, Site, discover, output_site, plan
-from .stock import StockDropout, adapter_dropouts
+from .stock import StockDropout, adapters_draw
 from .tokens import check_positions, check_sample_ids
 from .wiring import Wiring
 
@@ -242,8 +242,8 @@ class Handle:
 
     @property
     def adapter_dropout(self) -> bool:
-        """Whether an adapter of the model drops its inputs (peft's ``lora_dropout``)."""
-        return any(getattr(module, "p", 0) > 0 for module in adapter_dropouts(self.model))
+        """Whether an adapter of the model drops something by itself, such as peft's ``lora_dropout``."""
+        return adapters_draw(self.model)
 
     # -- steps --------------------------------------------------------------------------------------------------
 

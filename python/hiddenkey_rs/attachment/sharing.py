@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,8 +64,12 @@ class Sharing:
             if compiled:
                 self._replace()
             else:
+                drawn = self._drawn()
                 for number, layers in enumerate(self.layers):
-                    removers.callback(layers[-1].register_forward_hook(self._keeper(number)).remove)
+                    # Before hooks of others, which act on what the layer hands on in either pass.
+                    removers.callback(
+                        layers[-1].register_forward_hook(self._keeper(number, drawn), prepend=True).remove
+                    )
             yield
 
     @contextmanager
@@ -85,14 +90,22 @@ class Sharing:
         if not self._replaced:
             for number, layers in enumerate(self.layers):
                 for layer in layers:
-                    layer.forward = _sharing_forward(layer.forward, self._session, number, layer is layers[-1])
+                    layer.forward = _sharing_forward(layer, self._session, number, layer is layers[-1])
                     self._replaced.append(layer)
 
-    def _keeper(self, number: int) -> Any:
+    def _keeper(self, number: int, drawn: list[Tensor]) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if self.layers and not _equal(drawn, self._drawn()):
+                # Noise on embeddings (NEFTune), of adapters or of routers: from here on both passes run all layers.
+                self.layers, self.reason = [], "something below the first dropping layer draws anew in every pass"
             self._session.left[number] = _detached(output)
 
         return keep
+
+    def _drawn(self) -> list[Tensor]:
+        """How far torch's generators are: those of the host and of the model's device."""
+        states, device = [torch.get_rng_state()], next(self.layers[-1][-1].parameters()).device
+        return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 @contextmanager
@@ -108,21 +121,25 @@ def _handing_on(layer: nn.Module, output: Any) -> Iterator[None]:
             layer.forward = own
 
 
-def _sharing_forward(own: Callable[..., Any], session: Session, number: int, last: bool) -> Callable[..., Any]:
-    """A shared layer's forward in compiled code."""
+def _sharing_forward(layer: nn.Module, session: Session, number: int, last: bool) -> Callable[..., Any]:
+    """A shared layer's forward in compiled code; bound, so that a deep copy of the layer gets one of its own."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        stack_pass = session.prepared_pass(number)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        stack_pass = session.prepared_pass(number) if self is layer else None
         if stack_pass is None:
-            return own(*args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         if stack_pass.handed is not None:
             return stack_pass.handed
-        output = own(*args, **kwargs)
+        output = type(self).forward(self, *args, **kwargs)
         if last and torch.is_grad_enabled():
             stack_pass.left = _detached(output)
         return output
 
-    return forward
+    return MethodType(forward, layer)
+
+
+def _equal(before: list[Tensor], after: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def _detached(output: Any) -> Any:

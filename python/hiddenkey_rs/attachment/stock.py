@@ -37,6 +37,14 @@ def adapter_dropouts(model: nn.Module) -> Iterator[nn.Module]:
             yield from module.modules()
 
 
+def adapters_draw(model: nn.Module) -> bool:
+    """Whether an adapter of the model drops its inputs (``lora_dropout``), its ranks or all of itself (LoHa, LoKr)."""
+    if any(getattr(module, "p", 0) > 0 for module in adapter_dropouts(model)):
+        return True
+    rates = (vars(module).get(name) for module in model.modules() for name in ("rank_dropout", "module_dropout"))
+    return any(rate > 0 for by_adapter in rates if isinstance(by_adapter, dict) for rate in by_adapter.values())
+
+
 class StockDropout:
     """Switches the model's own dropout off (``mode="off"``) and back on at :meth:`restore`."""
 

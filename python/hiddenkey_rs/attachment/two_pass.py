@@ -77,6 +77,8 @@ def compute(
     by_token = labels.dim() == 2 and not answers(batch)
     if idle and by_token and not labels.is_floating_point():
         batch = {**batch, "labels": torch.full_like(labels, losses.IGNORED)}
+        if handle.base.config.is_encoder_decoder and batch.get("decoder_input_ids") is None:
+            batch["decoder_input_ids"] = torch.zeros_like(labels)  # mBART would look for the last token of nothing
     head = head_for(handle, batch)
     if head is not None and task_loss is None and by_token:
         return _on_tokens(handle, head, model, part, batch, num_items)
@@ -206,9 +208,28 @@ def _passes(
     else:
         with handle.sharing.recording(compiled):
             outputs, features = gradient_pass(batch)
-        with handle.sharing.skipping(compiled):
-            second = _second_pass(handle, model, part, batch, compared, run)
+        with handle.sharing.skipping(compiled), _buffers_as_they_are(model):
+            second = _second_pass(handle, model, part, _unrouted(handle, batch), compared, run)
     return _Passes(compared(batch, outputs, features), second, outputs, batch)
+
+
+@contextmanager
+def _buffers_as_they_are(model: nn.Module) -> Iterator[None]:
+    """DDP writes the first rank's buffers over all others' as a pass begins: not between a pass and its backward."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    before, model.require_forward_param_sync = model.require_forward_param_sync, False
+    try:
+        yield
+    finally:
+        model.require_forward_param_sync = before
+
+
+def _unrouted(handle: Handle, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch of a pass whose routers' loss nobody reads, and some of whose routers may not run."""
+    routed = batch.get("output_router_logits", getattr(handle.base.config, "output_router_logits", False))
+    return {**batch, "output_router_logits": False} if routed else batch
 
 
 def _halves(rows: Any, outputs: Any, batch: dict[str, Any]) -> _Passes:

@@ -48,7 +48,7 @@ class Wiring:
             while found is not None and found is not held:
                 if path in self._alone and hasattr(found, "checkpoint_impl"):
                     raise StateError(
-                        f"an FFN that is checkpointed by itself runs again without its layer's attention, and then may draw other "
+                        f"an FFN that is checkpointed by itself runs again without its layer's attention and may draw other "
                         f"masks (got {type(found).__name__} at {path!r}); checkpoint whole layers"
                     )
                 found = next((found._modules[inner] for inner in _WRAPPED if inner in found._modules), None)
