@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,18 @@ def test_thread_counts_are_kept_apart(tmp_path: Path) -> None:
     assert list(step._by_model(rows[:1])) == [ENCODER.label]
     step.plot(rows, str(tmp_path / "p.png"))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_accelerators_turn_is_of_several_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(step.devices, "wait", lambda device: calls.append("wait"))
+    runners = {NONE: SimpleNamespace(step=lambda: calls.append("step"))}
+    for device, steps in (("cpu", 1), ("cuda", step._TURN)):
+        calls.clear()
+        found = step._alternate(runners, replace(step.QUICK, device=device, samples=2, budget=0.0))
+        assert calls == ["step", *(["wait", *["step"] * steps, "wait"] * 2)]
+        assert len(found[NONE]) == 2
+    assert list(step_profile._measures("cuda")) == ["", "host, "]
 
 
 def test_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,18 +77,30 @@ Parts = list[tuple[str, dict[str, str]]]
 
 
 def profile(runners: Mapping[Variant, Runner], device: str) -> Parts:
-    """Part -> variant's name -> milliseconds as text, the median of a few steps; the last line is their sum."""
-    found: dict[str, dict[str, float]] = {}
-    for variant, runner in runners.items():
-        steps = [_one(runner, device) for _ in range(_STEPS)]
-        found[variant.name] = {part: median(step.get(part, 0.0) for step in steps) for part in _ORDER}
-    lines = [(part, {name: f"{parts[part]:.1f}" for name, parts in found.items()}) for part in _ORDER]
-    sums = {name: f"{sum(parts.values()):.1f}" for name, parts in found.items()}
-    return [*lines, ("all of them", sums)]
+    """Part -> variant's name -> milliseconds as text, the median of a few steps; the last line is their sum.
+
+    On an accelerator the device's, and behind them the host's, which small models wait for.
+    """
+    steps = {variant.name: [_one(runner, device) for _ in range(_STEPS)] for variant, runner in runners.items()}
+    lines = []
+    for head in _measures(device):
+        parts = {
+            name: {part: median(step[head].get(part, 0.0) for step in found) for part in _ORDER}
+            for name, found in steps.items()
+        }
+        lines += [(head + part, {name: f"{times[part]:.1f}" for name, times in parts.items()}) for part in _ORDER]
+        lines.append((f"{head}all of them", {name: f"{sum(times.values()):.1f}" for name, times in parts.items()}))
+    return lines
 
 
-def _one(runner: Runner, device: str) -> dict[str, float]:
-    """Milliseconds by part of one step."""
+def _measures(device: str) -> dict[str, str]:
+    """Before a part's name -> which of an event's times."""
+    host = "self_cpu_time_total"
+    return {"": host} if device == "cpu" else {"": "self_device_time_total", "host, ": host}
+
+
+def _one(runner: Runner, device: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of one step by measure and part."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device != "cpu" else [])
     with _marked(runner.model), _muted(), torch_profile(activities=activities, acc_events=True) as recorded:
         with record_function(_MARK + _OUTSIDE):
@@ -97,7 +109,8 @@ def _one(runner: Runner, device: str) -> dict[str, float]:
                 runner.update()
             devices.wait(device)
         runner.steps += 1
-    return attribute(recorded.events() or [], "self_cpu_time_total" if device == "cpu" else "self_device_time_total")
+    events = recorded.events() or []
+    return {head: attribute(events, measure) for head, measure in _measures(device).items()}
 
 
 def attribute(events: Any, measure: str) -> dict[str, float]:
