@@ -37,12 +37,15 @@ impl Run<'static> {
 }
 
 /// `RAYON_NUM_THREADS` if it is a number above 0 (of more than 1024 that), else the processors that affinity and control
-/// groups leave us. Found once: asking costs more than a small mask.
+/// groups leave us, shared with the other ranks of this machine (torchrun's `LOCAL_WORLD_SIZE`). Found once: asking costs
+/// more than a small mask.
 pub fn default_threads() -> usize {
     static FOUND: OnceLock<usize> = OnceLock::new();
     *FOUND.get_or_init(|| {
-        let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
-        asked.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).min(MOST_THREADS)
+        let number = |name| std::env::var(name).ok().and_then(|n| n.parse().ok()).filter(|&n: &usize| n > 0);
+        let ours =
+            || std::thread::available_parallelism().map_or(1, usize::from) / number("LOCAL_WORLD_SIZE").unwrap_or(1);
+        number("RAYON_NUM_THREADS").unwrap_or_else(ours).clamp(1, MOST_THREADS)
     })
 }
 

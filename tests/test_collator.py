@@ -408,6 +408,15 @@ def test_wrong_arguments(change: dict, message: str) -> None:
         Collator(**change)
 
 
+def test_widths_may_be_numpys_and_rows_do_not_wrap_around() -> None:
+    store = make_store()
+    wide = Collator(pad_to_multiple_of=np.uint8(64))(store.__getitems__([0, 1]))
+    assert wide["input_ids"].shape[1] % 64 == 0
+    for rows in (np.array([0], np.uint64) - np.uint64(1), [2**64 - 1]):
+        with pytest.raises(DataError, match=r"row numbers lie below 2\^63 \(got 18446744073709551615\)"):
+            store.__getitems__(rows)
+
+
 def test_stores_that_do_not_fit() -> None:
     store = make_store(row_columns={"label": np.arange(40)})
     with pytest.raises(ConfigError, match=r"layout='packed' for a store that is not packed\); use store\.packed"):

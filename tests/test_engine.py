@@ -133,6 +133,9 @@ def test_rayons_variable_is_honoured() -> None:
     assert 1 <= int(default) <= (os.cpu_count() or 1)
     for asked, given in (("3", "3\n"), ("1", "1\n"), ("0", default), ("many", default), ("5000", "1024\n")):
         assert run(code, RAYON_NUM_THREADS=asked).stdout == given, asked
+    for ranks, given in (("100000", "1\n"), ("1", default), ("none", default), ("0", default)):
+        assert run(code, LOCAL_WORLD_SIZE=ranks).stdout == given, ranks
+    assert run(code, LOCAL_WORLD_SIZE="9", RAYON_NUM_THREADS="3").stdout == "3\n"
 
 
 @LINUX

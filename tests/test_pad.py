@@ -253,6 +253,7 @@ def test_only_rows_that_are_taken_are_looked_at() -> None:
         ([[0]], r"a batch needs rows \(got shape \(1, 1\)\)"),
         (0, r"a batch needs rows \(got shape \(\)\)"),
         ([0.0], r"row numbers must be integers \(got float64\)"),
+        (np.array([2**64 - 1], np.uint64), r"row numbers lie below 2\^63 \(got 18446744073709551615\)"),
         (["0"], r"row numbers must be integers \(got <U1\)"),
         ([2], r"there is no such row \(got 2, the store has 2\); pass 0\.\.2"),
         ([0, -2], r"there is no such row \(got -2,"),

@@ -157,6 +157,8 @@ def test_an_empty_batch() -> None:
     assert plan.mask(1, "attention").shape == (0, 4, 1, 0)
     assert plan.kept(1, "attention").shape == (0, 4)
     assert plan_step("hiddenkey", 0, [3], [0], layers=1, heads=4).kept(0, "attention").tolist() == [[0] * 4] * 2
+    nothing = plan_step("hiddenkey", 0, [3, 4], [0, 0], layers=2, heads=4).all_to_torch()
+    assert {tuple(mask.shape) for mask in nothing.values()} == {(4, 4, 1, 0)}
     assert plan_step("hiddenkey", 0, [3], [4], layers=1, heads=0).mask(0, "attention").shape == (2, 0, 1, 4)
     assert plan_step("hiddenkey", 0, [3], [4], layers=0, heads=3).entries == ()
 

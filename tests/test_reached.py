@@ -198,3 +198,15 @@ def test_a_batch_may_bring_the_number_of_items(gradient: str) -> None:
         assert torch.equal(handle.loss(**batch, num_items_in_batch=torch.tensor(50)), expected.loss)
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(found.consistency, expected.consistency)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_rows_of_padding_alone_have_nothing_to_drop(family: str) -> None:
+    """Examples without a token, which sorting by length puts into one batch."""
+    batch = families.batch(family) | {"attention_mask": torch.zeros_like(families.batch(family)["attention_mask"])}
+    handle = hk.attach(families.build(family).train(), ALL, stock_dropout="off")
+    with handle.step(3, IDS):
+        loss = handle.loss(**batch)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert handle.realised() == {}

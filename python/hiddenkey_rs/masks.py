@@ -379,7 +379,8 @@ def engine() -> dict[str, Any]:
 def set_num_threads(count: int) -> None:
     """Use at most ``count`` threads for a call, 1..1024. Bits do not depend on it.
 
-    Default: ``RAYON_NUM_THREADS``, else the processors that affinity and control groups leave the process.
+    Default: ``RAYON_NUM_THREADS``, else the processors that affinity and control groups leave the process, shared with the
+    ranks that torchrun started beside it (``LOCAL_WORLD_SIZE``).
     """
     check_integer(count, "threads", 1024)
     if count == 0:

@@ -85,7 +85,7 @@ class StepPlan:
         if not self.entries:
             return {}
         width = (self.columns + 31) // 32
-        every = BitMask(self._words.reshape(-1, 1, 1, width), self.columns).to_torch(device)
+        every = BitMask(self._words.reshape(len(self._counts), 1, 1, width), self.columns).to_torch(device)
         return {
             place: every[start:end].view(len(self.samples), heads, 1, self.columns)
             for place, (start, end, heads) in self._rows.items()

@@ -39,7 +39,8 @@ fn threads() -> usize {
 
 /// Run `work` without the GIL. Ctrl-C (any signal whose handler raises) stops it and comes out as its own exception.
 fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyResult<()> {
-    let engine = Engine::chosen().map_err(raise)?;
+    // Both with the GIL held: a child forked in the middle of finding them out would wait for them for ever.
+    let (engine, threads) = (Engine::chosen().map_err(raise)?, threads());
     let (outcome, signal) = py.detach(|| {
         let signal = Cell::new(None);
         let interrupted = || {
@@ -49,7 +50,7 @@ fn call(py: Python<'_>, work: impl FnOnce(&Run<'_>) -> Result<()> + Send) -> PyR
             signal.set(raised);
             stop
         };
-        let outcome = work(&Run { engine, threads: threads(), interrupted: &interrupted });
+        let outcome = work(&Run { engine, threads, interrupted: &interrupted });
         (outcome, signal.into_inner())
     });
     match (outcome, signal) {

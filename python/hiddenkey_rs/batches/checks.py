@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, DataError, shown
 
 
 def check_integer(value: Any, name: str, least: int, most: int, hint: str) -> int:
@@ -24,6 +24,12 @@ def room(count: int) -> NDArray[np.int64]:
         return np.empty(count, np.int64)
     except (MemoryError, ValueError) as error:
         raise ConfigError(f"so many samples do not fit into memory (got {count}: {error}); ask for fewer") from None
+
+
+def check_signed(rows: NDArray[Any]) -> None:
+    """A :class:`DataError` for row numbers that would become other ones as int64: 2^64 - 1 is no padding row."""
+    if rows.dtype == np.uint64 and rows.size and rows.max() >= 1 << 63:
+        raise DataError(f"row numbers lie below 2^63 (got {rows.max()}); -1 is a padding row")
 
 
 def contiguous(values: Any, dtype: Any = None) -> NDArray[Any]:

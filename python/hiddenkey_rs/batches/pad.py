@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..errors import ConfigError, DataError
-from .checks import check_integer, contiguous
+from .checks import check_integer, check_signed, contiguous
 from .pack import Packing
 
 PADDING = -1
@@ -91,7 +91,8 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_integer(self.pad_token_id, "pad_token_id", 0, 1 << 62, "use the tokenizer's")
-        check_integer(self.multiple_of, "pad_to_multiple_of", 1, 1 << 20, "8 or 64 suit most devices")
+        multiple = check_integer(self.multiple_of, "pad_to_multiple_of", 1, 1 << 20, "8 or 64 suit most devices")
+        object.__setattr__(self, "multiple_of", multiple)  # NumPy's narrow integers cannot be reckoned with
         numbers = [UNLIMITED, int(self.pad_token_id), UNLIMITED]
         if self.max_length is not None:
             numbers[0] = check_integer(self.max_length, "max_length", 1, 1 << 62, "leave it out to cut nothing")
@@ -273,6 +274,10 @@ class Gatherer:
 
     def _lengths(self, documents: NDArray[np.int64]) -> NDArray[np.int64]:
         offsets = self.source.offsets
+        if documents.size and documents.max() >= len(offsets) - 1:
+            raise DataError(
+                f"a document does not exist (got number {documents.max()} of {len(offsets) - 1}); pass the packing of this source"
+            )
         return offsets[documents + 1] - offsets[documents]
 
 
@@ -289,6 +294,7 @@ def _rows(rows: Any) -> NDArray[np.int64]:
         raise DataError(f"row numbers must be integers (got {array.dtype}); pass a list or an int64 array")
     if array.ndim != 1 or not array.size:
         raise DataError(f"a batch needs rows (got shape {array.shape}); leave an empty batch out")
+    check_signed(array)
     return contiguous(array, np.int64)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..masks import set_num_threads
 from ..ops import sdpa
 from .tasks import Task
 
@@ -50,6 +51,7 @@ def settle(threads: int | None, bf16: bool) -> None:
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     if threads is not None:
         torch.set_num_threads(threads)
+        set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 

@@ -8,6 +8,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..batches.checks import check_signed
+from ..errors import DataError
+
 _INT64 = np.dtype(np.int64)
 
 
@@ -41,7 +44,12 @@ class RowBatch:
             >>> RowBatch.of(None, [3, -1]).rows.tolist()
             [3, -1]
         """
-        numbers = np.array(rows, _INT64)
+        if type(rows) is np.ndarray:
+            check_signed(rows)
+        try:
+            numbers = np.array(rows, _INT64)
+        except OverflowError:
+            raise DataError(f"row numbers lie below 2^63 (got {max(rows)}); -1 is a padding row") from None
         if not hasattr(rows, "epoch"):
             return cls(store, numbers)
         return cls(store, numbers, *(getattr(rows, name, None) for name in ("epoch", "step", "micro")))
