@@ -97,7 +97,7 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
         "save_steps": 10,
         "save_total_limit": 2,
         "optim": "adamw_torch",
-        "adam_epsilon": 1e-5,
+        "adam_epsilon": 1e-3,
     }
     expected = ranks.run(1, work.train, spread(spec, 1, 1, **long))[0]
     cut = {**spec, "out": str(tmp_path / "cut")}
@@ -108,7 +108,7 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
     assert ranks.Failure("exit", "-9") in killed
     found = ranks.run(after[0], work.train, {**spread(cut, *after, **long), "resume": True})
     expected["drawn"] = {place: mask for place, mask in expected["drawn"].items() if place[0] >= 20}
-    compare(found, expected, 1e-4)  # Adam makes much of little, in spite of its larger epsilon here
+    compare(found, expected, 1e-4)  # Adam makes much of little, the more the smaller its epsilon
     curves = [[entry["loss"] for entry in run["logged"]] for run in (found[0], expected)]
     assert len(curves[0]) == 60
     assert curves[0] == pytest.approx(curves[1], abs=1e-4)
@@ -117,7 +117,7 @@ def test_killed_on_some_ranks_and_resumed_on_others(before: Any, after: Any, tmp
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_with_other_ranks(tmp_path: Path) -> None:
     spec = {"out": str(tmp_path / "whole"), "family": "llama", "rows": 21}
-    long = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    long = {"max_steps": 9, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch", "adam_epsilon": 1e-3}
     expected = ranks.run(1, work.train, spread(spec, 1, 1, **long))[0]
     cut = {**spec, "out": str(tmp_path / "cut")}
     ranks.finish(ranks.start(2, work.train, {**spread(cut, 2, 1, **long, **FSDP), "kill_at": 5}), timeout=60)
