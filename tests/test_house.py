@@ -134,7 +134,7 @@ def test_nothing_speaks_of_one_machine() -> None:
     )
     for path in tracked():
         if (
-            path.suffix in (".py", ".rs", ".md", ".toml", ".txt", ".yaml", "")
+            path.suffix in (".py", ".rs", ".md", ".toml", ".txt", ".yaml", ".jsonl", "")
             and path.name != "Cargo.lock"
             and path.is_file()
         ):
