@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from typing import Any
+from unittest.mock import patch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _LOADED = [
@@ -31,15 +32,9 @@ _CONTEXT.set_forkserver_preload(_LOADED)
 
 def _serve() -> None:
     """Start the server, which looks for the tests' own modules where the environment says."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.path.dirname(__file__), before)))
-    try:
+    path = os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
+    with patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
 
 
 @dataclass(frozen=True)
