@@ -22,8 +22,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hiddenkey_rs.ops import triton_attention, triton_launch
+from hiddenkey_rs.ops import triton_attention, triton_geometry
 from hiddenkey_rs.ops.documents import Documents
+from hiddenkey_rs.ops.triton_launch import Ready
 
 KINDS = ("forward", "query", "key")
 _PRODUCTS = {"forward": 2, "query": 3, "key": 4}
@@ -127,17 +128,19 @@ class Work:
 
     def alone(self, kind: str, tiles: Tiles, outputs: Any) -> Any:
         """A call that launches one kernel, in these tiles; the backward's other one is left out."""
-        chosen, begin = triton_launch.tiles, triton_launch.Launch.__init__
+        chosen, begin, ready = triton_geometry.tiles, triton_geometry.Geometry._launch, Ready()
 
-        def launch(self: Any, which: str, *args: Any, **named: Any) -> None:
-            begin(self, which, *args, **named)
-            self.programs *= which == kind
+        def launch(made: Any, which: str, *args: Any) -> Any:
+            found = begin(made, which, *args)
+            found.programs *= which == kind
+            return found
 
         def call() -> None:
-            swapped = patch.object(
-                triton_launch, "tiles", lambda which, *args: tiles if which == kind else chosen(which, *args)
-            )
-            with swapped, patch.object(triton_launch.Launch, "__init__", launch):
+            swapped = {
+                "tiles": lambda which, *args: tiles if which == kind else chosen(which, *args),
+                "_READY": ready,
+            }
+            with patch.multiple(triton_geometry, **swapped), patch.object(triton_geometry.Geometry, "_launch", launch):
                 self.forward() if kind == "forward" else self.backward(outputs)
 
         return call

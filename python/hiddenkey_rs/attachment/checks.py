@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 import transformers
@@ -87,13 +89,35 @@ def warn_about_ranks(model: nn.Module) -> None:
 
 def on_compiled(model: nn.Module) -> bool:
     """Whether calling the model runs compiled code: its own, or that of a module inside."""
-    modules = [model]  # walked here: every step asks, and nn.Module.modules() takes a millisecond for a small encoder
-    for module in modules:
+    return CompiledParts().anywhere(model)
+
+
+class CompiledParts:
+    """:func:`on_compiled` for who asks in every step: a walk through all modules costs as much as one of a model's layers."""
+
+    def __init__(self) -> None:
+        self._model: Callable[[], nn.Module | None] = _nobody
+        self._modules: list[nn.Module] = []
+        self._held: list[tuple[Mapping[str, Any], list[Any]]] = []
+
+    def anywhere(self, model: nn.Module) -> bool:
+        """Whether calling the model runs compiled code."""
+        if self._model() is not model or any(list(now.values()) != before for now, before in self._held):
+            self._walk(model)
         # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
-        if module._compiled_call_impl is not None or "_orig_mod" in module._modules:
-            return True
-        modules.extend(child for child in module._modules.values() if child is not None)
-    return False
+        wrapped = any("_orig_mod" in now for now, _ in self._held)
+        return wrapped or any(part._compiled_call_impl is not None for part in (model, *self._modules))
+
+    def _walk(self, model: nn.Module) -> None:
+        found = [model]
+        for module in found:
+            found.extend(child for child in module._modules.values() if child is not None)
+        self._model, self._modules = ref(model), found[1:]  # not the model itself: its own handle may hold this
+        self._held = [(module._modules, list(module._modules.values())) for module in found if module._modules]
+
+
+def _nobody() -> None:
+    """Before the first model."""
 
 
 def check_model(base: transformers.PreTrainedModel) -> None:

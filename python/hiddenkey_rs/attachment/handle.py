@@ -20,7 +20,7 @@ from ..config import HiddenKeyConfig
 from ..errors import ConfigError, StateError, shown
 from ..serialise import choice
 from . import compared, hooks, report, two_pass
-from .checks import base_model, check_model, check_plan, check_wrapper, warn_about_ranks
+from .checks import CompiledParts, base_model, check_model, check_plan, check_wrapper, warn_about_ranks
 from .families import family_of
 from .head import head_of
 from .implementation import Implementation, implementations
@@ -177,6 +177,7 @@ class Handle:
         self._check_consistency()
         self._warn_about_stock()
         self.last: two_pass.LossOutput | None = None
+        self.compiled_parts = CompiledParts()
         self._install(found)
 
     # -- life ---------------------------------------------------------------------------------------------------

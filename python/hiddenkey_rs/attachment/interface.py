@@ -7,7 +7,8 @@ the call. Outside an active training pass they are the functions that the model 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -38,6 +39,8 @@ DEPTH_KEYWORD = "hiddenkey_depth"
 FORBIDDEN = -5e3
 """What an additive mask says at most of a pair that it forbids: older models write -1e4, in bfloat16 -9984."""
 
+MASKLESS_GRAPHS = False
+"""Whether the attention of the compiled model that is being called knows by itself what may attend to what."""
 IMPLEMENTATIONS: WeakValueDictionary[int, Implementation] = WeakValueDictionary()
 """``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the hooks."""
 
@@ -46,6 +49,17 @@ def register() -> None:
     """Make the name ``hiddenkey`` known to transformers (again: harmless)."""
     AttentionInterface.register(NAME, hiddenkey_attention)
     AttentionMaskInterface.register(NAME, hiddenkey_mask)
+
+
+@contextmanager
+def maskless_graphs(maskless: bool) -> Iterator[None]:
+    """A call of a compiled model: no mask of pairs is made in its graph, where that says no more than documents do."""
+    global MASKLESS_GRAPHS
+    before, MASKLESS_GRAPHS = MASKLESS_GRAPHS, maskless
+    try:
+        yield
+    finally:
+        MASKLESS_GRAPHS = before
 
 
 def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +71,8 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
     # transformers asks for vmap where a function of the caller's own had a part in the mask.
     told = implementation is not None and implementation.packed and kwargs.get("use_vmap") is False
-    if implementation is not None and implementation.maskless and (told or _plain(**kwargs)):
+    maskless = MASKLESS_GRAPHS if compiling else implementation is not None and implementation.maskless
+    if maskless and (told or _plain(**kwargs)):
         return None
     padding = _padding_mask(**kwargs)
     if padding is not None:
@@ -70,7 +85,7 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
 def _plain(*, mask_function: Any = None, local_size: int | None = None, **rest: Any) -> bool:
     """Whether a mask says no more than causality, a window and padding."""
     if local_size is None:
-        return mask_function in (causal_mask_function, bidirectional_mask_function)
+        return mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     # A window's function is made anew each time. Of packed rows or a mask of one's own, transformers lets no causal one go.
     return "allow_is_bidirectional_skip" in rest or bool(rest.get("allow_is_causal_skip", True))
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError
-from .passes import Pass, StackPass, check_extent, planned_columns
+from .passes import Pass, StackPass, check_extent
 
 if TYPE_CHECKING:
     from .sites import Site, SiteDrop
@@ -58,21 +58,21 @@ def attend(
     """
     query, key, value = tensors
     check_extent(stack_pass, site, query.shape[2], key.shape[2])
-    biases = {name: how[name] for name in ("bias", "softcap", "sinks")}
-    reason = ops.triton_attention.obstacle(query, key, value, dropout=dropout, **biases)
     causal, width = seen
+    reason = ops.triton_attention.obstacle(
+        query, key, value, dropout=dropout, bias=how["bias"], softcap=how["softcap"], sinks=how["sinks"]
+    )
     if mask is not None and (site.crosses or not _says_the_documents(stack_pass, mask, causal, width)):
         reason = "the attention mask is one of your own, or packs rows whose sample ids do not say so"
-    if not isinstance(stack_pass, StackPass):
-        reason = "the model is compiled"
-    if reason is None and isinstance(stack_pass, StackPass):
+    documents = None
+    if reason is None:
         try:
             documents = stack_pass.documents(site)
         except ConfigError as error:
             if stack_pass.impl != "auto":
                 raise
             reason = str(error)
-    if reason is not None or not isinstance(stack_pass, StackPass):
+    if documents is None:
         if stack_pass.impl == "auto":
             return None
         raise ConfigError(f"Triton cannot compute this attention: {reason} (got impl='triton'); use impl='auto'")
@@ -85,16 +85,15 @@ def attend(
     settings: dict[str, Any] = {"causal": causal, "window": width, "scaling": how["scaling"]}
     counted = drop is not None and stack_pass.counts(site)
     if drop is not None:
-        settings |= {"position": drop.position, "heads": drop.heads, "count": counted}
+        settings |= {"position": drop.position, "heads": drop.heads, "count": stack_pass.zero() if counted else False}
         heads = key.shape[1] if drop.heads == "group" else query.shape[1]
         if drop.pattern == "element":
             settings |= {"keys": stack_pass.keys(site, depth), "threshold": drop.threshold}
         else:
-            settings |= {"keep": planned_columns(stack_pass, site, drop, depth, heads), "rate": drop.realised}
+            settings |= {"keep": stack_pass.columns(site, drop, depth, heads), "rate": drop.realised}
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
-        total = query.shape[1] * stack_pass.allowed_pairs(site, causal, width)
-        stack_pass.count(site, depth, kept, total)
+        stack_pass.count(site, depth, kept, query.shape[1] * stack_pass.allowed_pairs(site, causal, width))
     return output
 
 

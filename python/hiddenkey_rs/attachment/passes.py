@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import masks, ops
 from ..errors import DataError
 from ..masks import MaskKey
-from .prepared import PreparedPass, check_heads, no_encoder
+from .prepared import PreparedPass, check_heads, no_encoder, pairs_seen
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ class StackPass:
         self.agreed: list[Tensor] = []
         """Masks of pairs that were found to say what the documents say; for the Triton kernels."""
         self.group_calls = 0
+        self._zeros: list[Tensor] = []
         self.reached: set[Site] = set()
-        self.runs: dict[str, Documents] = {}
-        """The batch's documents for the Triton kernels, by kind of attention, once they were asked for."""
+        self._runs: dict[int, Documents] = {}
 
     def counts(self, site: Site) -> bool:
         """Whether what the site does now is to be counted: not in a replay. The head runs after the stack."""
@@ -98,6 +98,15 @@ class StackPass:
         if self.counts(site):
             site.count(depth, kept, total)
 
+    def zero(self) -> Tensor:
+        """A zero, int64 () on the device, for a kernel to count into: they are made for all sites at once."""
+        if not self._zeros:
+            many = sum(len(site.drops) for site in self.dropping) or 1
+            # 16 bytes each: kernels are launched faster where pointers are aligned.
+            zeros = torch.zeros(many, 2, dtype=torch.int64, device=self.tokens.document.device)
+            self._zeros = list(zeros[:, 0].unbind())
+        return self._zeros.pop()
+
     def column_tokens(self, site: Site) -> Tokens:
         """The tokens that are this site's columns: the encoder's for cross-attention, else the stack's own."""
         if not site.crosses:
@@ -108,12 +117,18 @@ class StackPass:
 
     def documents(self, site: Site) -> Documents:
         """The runs of tokens that attend to each other."""
-        if site.kind not in self.runs:
-            own = self.runs.get("attention") or _runs(self.tokens)
-            self.runs["attention"] = own
-            if site.crosses:
-                self.runs[site.kind] = ops.Documents.across(own, _runs(self.column_tokens(site)))
-        return self.runs[site.kind]
+        return self.runs(site.side)
+
+    def runs(self, side: int) -> Documents:
+        """The documents of one side of :class:`.Site`: 0, the stack's own tokens, or 1, those beside the encoder's."""
+        if side not in self._runs:
+            own = self._runs.get(0) or _runs(self.tokens)
+            self._runs[0] = own
+            if side:
+                if self.encoder_tokens is None:
+                    raise no_encoder()
+                self._runs[side] = ops.Documents.across(own, _runs(self.encoder_tokens))
+        return self._runs[side]
 
     def keeps_some(self, site: Site, drop: SiteDrop, depth: int) -> bool:
         """Whether a planned mask leaves every document at least one key, for every head."""
@@ -126,6 +141,10 @@ class StackPass:
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask over the batch, bool (B, heads, L); False at padding."""
         return self.column_tokens(site).lay(_planned(self, site, drop, depth, heads)[:, :, 0])
+
+    def columns(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """A column or span mask in the documents' own coordinates, bool (documents, heads, columns)."""
+        return _planned(self, site, drop, depth, heads)[:, :, 0]
 
     def pairs(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """An element mask of attention over the batch, bool (B, heads, Q, K)."""
@@ -159,7 +178,8 @@ class StackPass:
         """How many (query, key) pairs of all documents the mask allows, for one head."""
         how = (site.kind, causal, window)
         if how not in self._pairs:
-            self._pairs[how] = _allowed_pairs(self.tokens, self.column_tokens(site), causal, window)
+            keys = self.column_tokens(site).lengths if site.crosses else None
+            self._pairs[how] = int(pairs_seen(self.tokens.lengths, keys, causal, window).sum())
         return self._pairs[how]
 
     def draws(self, site: Site, depth: int) -> Tensor:
@@ -229,7 +249,7 @@ def drop_tokens(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int, hidden
         return ops.drop_hidden(hidden, keep, drop.scale), keep.count_nonzero()
     where = (stack_pass.keys(site, depth), tokens.row_samples, tokens.row_positions, drop.threshold, drop.scale)
     if _by_kernels(stack_pass, hidden):
-        return ops.triton_hidden.drop_elements(hidden, *where, count=True)
+        return ops.triton_hidden.drop_elements(hidden, *where, count=stack_pass.zero())
     return ops.drop_elements(hidden, *where)
 
 
@@ -268,11 +288,6 @@ def guided_keep(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int) -> Ten
         )
     received = site.layer.received.masked_fill(~tokens.real, -1.0)
     return ops.guided_span(received, tokens.real, tokens.real_lengths, stack_pass.draws(site, depth), drop.threshold)
-
-
-def planned_columns(stack_pass: StackPass, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
-    """A column or span mask in the documents' own coordinates, bool (documents, heads, columns)."""
-    return _planned(stack_pass, site, drop, depth, heads)[:, :, 0]
 
 
 def _runs(tokens: Tokens) -> Documents:
@@ -322,13 +337,3 @@ def _record(
         chosen = tokens.branches == branch
         key = _key(stack_pass, site, depth, branch)
         stack_pass.recorder(DrawnMask(key, drop, tokens.samples[chosen], tokens.lengths[chosen], keep))
-
-
-def _allowed_pairs(rows: Tokens, columns: Tokens, causal: bool, window: int | None) -> int:
-    """How many (query, key) pairs of all documents the mask allows, for one head."""
-    if rows is not columns:
-        return int((rows.lengths * columns.lengths).sum())
-    lengths = rows.lengths.astype(np.int64)
-    reach = lengths if window is None else np.minimum(lengths, window)
-    back = reach * (reach + 1) // 2 + (lengths - reach) * reach  # the own key, and those before it
-    return int((back if causal else 2 * back - lengths).sum())

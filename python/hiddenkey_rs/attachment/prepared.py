@@ -7,19 +7,21 @@ sites, all column and span masks, and every token's place are made first and are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import ops
-from ..errors import DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError, UnsupportedModelError
 from ..masks import MaskKey, to_device
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
+    from ..ops import Documents
     from ..plan import StepPlan
     from .passes import StackPass
     from .tokens import Tokens
@@ -69,7 +71,6 @@ class PreparedPass:
     def __init__(self, stack_pass: StackPass, slots: Slots, sites: list[Site], counter: Tensor) -> None:
         self.sites: Mapping[nn.Module, Site] = stack_pass.sites
         self.impl = stack_pass.impl
-        self.kernels = self.impl == "triton"  # auto leaves graphs to torch.compile
         self.running = True
         self.suspect = self.apart = False
         self.group_calls = 0
@@ -86,6 +87,10 @@ class PreparedPass:
             _lay_all(cross, stack_pass.encoder_tokens or stack_pass.tokens),
         )
         self._heads = {**_first_heads(own), **_first_heads(cross)}
+        self._runs = _all_runs(stack_pass)
+        self.kernels = self._runs is not None
+        """As :attr:`.StackPass.kernels`."""
+        self._flags = [_flags(plan, runs) for plan, runs in zip((own, cross), self._runs or (), strict=False)]
         self._keys, self._words = _keys(stack_pass, slots, sites)
         self._extents = (
             _extent(stack_pass.tokens, stack_pass.tokens),
@@ -105,7 +110,7 @@ class PreparedPass:
     def visit(self, site: Site) -> None:
         """Calls are counted where something is dropped."""
 
-    def count(self, site: Site, depth: int, kept: Tensor, total: Tensor) -> None:
+    def count(self, site: Site, depth: int, kept: Tensor, total: Any) -> None:
         """Add to the counter."""
         if self.running:
             self.counter[self.slots[site.kind, depth]].add_(torch.stack((kept, total, torch.ones_like(total))))
@@ -125,6 +130,29 @@ class PreparedPass:
         laid = self._planned[site.side]
         assert laid is not None  # as something was planned there
         return laid[first : first + heads].transpose(0, 1)
+
+    def documents(self, site: Site) -> Documents:
+        """The runs of tokens that attend to each other, as long as rows are: a graph asks for no lengths."""
+        assert self._runs is not None  # who has none does not ask
+        return self._runs[site.side]
+
+    def columns(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
+        """A column or span mask in the documents' own coordinates."""
+        first, planned = self._heads[site.site, depth]
+        check_heads(heads, planned)
+        flags = self._flags[site.side]
+        assert flags is not None  # as something was planned there
+        many = len(self.tokens.sample_ids)
+        return flags[first * many : (first + heads) * many].view(many, heads, flags.shape[1])
+
+    def allowed_pairs(self, site: Site, causal: bool, window: int | None) -> Tensor:
+        """How many pairs the mask allows, for one head."""
+        table = self.documents(site).table
+        return pairs_seen(table[:, 2], table[:, 4] if site.crosses else None, causal, window).sum()
+
+    def zero(self) -> Literal[True]:
+        """A graph lets its kernels' operators make the zeros that they count into."""
+        return True
 
     def pairs(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """An element mask of attention over the batch."""
@@ -161,6 +189,18 @@ def slots_of(sites: list[Site]) -> Slots:
     return {place: number for number, place in enumerate(places)}
 
 
+def pairs_seen(lengths: Any, keys: Any, causal: bool, window: int | None) -> Any:
+    """How many (query, key) pairs a head may see in documents of so many tokens, arrays or tensors of int64.
+
+    ``keys``: what cross-attention reads, else ``None``.
+    """
+    if keys is not None:
+        return lengths * keys
+    reach = lengths if window is None else lengths.clip(max=window)
+    back = reach * (reach + 1) // 2 + (lengths - reach) * reach  # the own key, and those before it
+    return back if causal else 2 * back - lengths
+
+
 def check_heads(heads: int, planned: int) -> None:
     """An :class:`UnsupportedModelError` if masks were planned for another number of heads than attention has."""
     if heads != planned:
@@ -185,6 +225,38 @@ def _lay_all(plan: StepPlan, tokens: Tokens) -> Tensor | None:
     # Every mask by itself: it is (documents, heads, 1, columns).
     laid = [tokens.lay(drawn[entry.layer, entry.site][:, :, 0]).transpose(0, 1) for entry in plan.entries]
     return torch.cat(laid)
+
+
+def _all_runs(stack_pass: StackPass) -> tuple[Documents, ...] | None:
+    """The documents that kernels would walk over, of both sides of :class:`.Site`; ``None`` where they are not to."""
+    tokens, encoder = stack_pass.tokens, stack_pass.encoder_tokens
+    if not stack_pass.kernels:
+        return None
+    if tokens.packed:  # of which every batch has another number of documents
+        if stack_pass.impl == "auto":
+            return None
+        raise ConfigError(
+            "Triton's kernels take no packed rows in a compiled model (got impl='triton'); use impl='auto'"
+        )
+    try:
+        sides = [(stack_pass.runs(0), tokens)] + ([] if encoder is None else [(stack_pass.runs(1), encoder)])
+    except ConfigError:
+        if stack_pass.impl == "auto":
+            return None
+        raise
+    queries = tokens.document.shape[1]
+    return tuple(
+        replace(runs, queries=queries, keys=columns.document.shape[1], positions=columns.document.shape[1])
+        for runs, columns in sides
+    )
+
+
+def _flags(plan: StepPlan, runs: Documents) -> Tensor | None:
+    """Every mask of a plan by document and position, bool (heads of all entries * documents, columns)."""
+    if not plan.entries:
+        return None
+    drawn = plan.all_to_torch(runs.table.device).values()
+    return F.pad(torch.cat([keep.flatten(0, 2) for keep in drawn]), (0, runs.positions - plan.columns))
 
 
 def _first_heads(plan: StepPlan) -> dict[tuple[str, int], tuple[int, int]]:

@@ -18,6 +18,7 @@ from ..plan import PlanEntry, StepPlan
 from .compared import is_for
 from .implementation import Implementation
 from .inputs import check_told_apart, lets_documents_mix, real_tokens, stack_inputs
+from .interface import maskless_graphs
 from .passes import MaskRecorder, Pass, StackPass
 from .prepared import PreparedPass, slots_of
 from .sites import Site, Stack
@@ -220,7 +221,8 @@ class Session:
         self._prepared = [self._prepare(number, batch) if wanting[number] else None for number in numbers]
         passes, failed = self._prepared, True
         try:
-            yield
+            with maskless_graphs(all(stack_pass.kernels for stack_pass in passes if stack_pass is not None)):
+                yield
             failed = False
         finally:
             self._prepared = None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from .. import losses
 from ..config import Consistency
 from ..errors import DataError
-from .checks import on_compiled
 from .compared import (
     answer_logits,
     answer_loss,
@@ -176,7 +175,7 @@ def _passes(
     handle: Handle, model: nn.Module, part: Consistency | None, batch: dict[str, Any], rows: _Rows | None = None
 ) -> _Passes:
     """Run what the consistency term asks for. ``rows`` makes of (batch, outputs, features) what is compared."""
-    compiled = on_compiled(model)  # asked once: it walks all modules
+    compiled = handle.compiled_parts.anywhere(model)
     run = partial(_run, handle, model, on_tokens=rows is not None, compiled=compiled)
     # Without gradient a model in training runs as the stock one does; here it is asked for the loss of training.
     force = not torch.is_grad_enabled()

@@ -28,6 +28,7 @@ from .step_models import (
     FULL,
     FULL_AGAIN,
     FULL_KERNELS,
+    GRAPHS,
     MINUS,
     MINUS_KERNELS,
     MINUS_MASKS,
@@ -58,9 +59,11 @@ _COMPARED = (
     (FULL_AGAIN, NONE_AGAIN, 1.40, 1.30),
     (RDROP, DOUBLED, 1.00, 1.00),
     (BOTH, DOUBLED, 1.00, 1.00),
-    (COMPILED[2], COMPILED[1], 1.00, 1.00),
-    (COMPILED[2], COMPILED[0], 1.03, 1.03),
-    (COMPILED[3], COMPILED[0], 1.50, 1.30),
+    *(
+        (kind[ours], kind[peer], *most)
+        for kind in (COMPILED, GRAPHS)
+        for ours, peer, *most in ((2, 1, 1.00, 1.00), (2, 0, 1.03, 1.03), (3, 0, 1.50, 1.30))
+    ),
     (MINUS_MASKS, NONE, None, None),
     (ADAPTER, NONE, None, None),
     (STOCK, NONE, None, None),

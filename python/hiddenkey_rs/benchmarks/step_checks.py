@@ -59,7 +59,7 @@ def _fault(
         other = DOUBLED if variant.preset == "r-drop" else None
     else:
         impl = "reference" if variant.preset else "auto"
-        other = replace(variant, checkpointing=False, compiled=False, impl=impl)
+        other = replace(variant, checkpointing=False, compiled=False, graphs=False, impl=impl)
     if other is None or (other == variant == NONE):
         return _undropped(runner, loss) if variant == NONE else None
     second = runners.get(other) if variant.preset is None or other == DOUBLED else None

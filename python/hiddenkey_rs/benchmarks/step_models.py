@@ -78,7 +78,8 @@ class Variant:
         both: the consistency term's gradient runs through both branches.
         doubled: R-Drop as its authors publish it: the batch twice, in a loop of one's own.
         checkpointing: activations are recomputed in backward.
-        compiled: by ``torch.compile``.
+        compiled: by ``torch.compile``. graphs: with its CUDA graphs (``mode="reduce-overhead"``), so that the host launches a pass
+            and not each of its kernels.
         impl: who computes attention and HiddenCut, as ``attach`` takes it.
     """
 
@@ -90,6 +91,7 @@ class Variant:
     doubled: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    graphs: bool = False
     impl: str = "auto"
 
     @property
@@ -116,11 +118,12 @@ MINUS_MASKS = Variant("HiddenKey-, SDPA with masks", preset="hiddenkey-minus", i
 """On CUDA, where ``auto`` takes the kernels: what they save."""
 NONE_AGAIN = Variant("no dropout, checkpointing", checkpointing=True)
 FULL_AGAIN = Variant("HiddenKey, checkpointing", preset="hiddenkey", checkpointing=True)
-COMPILED = (
-    Variant("no dropout, compiled", compiled=True),
-    Variant("lora_dropout=0.1, compiled", adapter=True, compiled=True),
-    Variant("HiddenKey-, compiled", preset="hiddenkey-minus", compiled=True),
-    Variant("HiddenKey, compiled", preset="hiddenkey", compiled=True),
+COMPILED = tuple(
+    replace(variant, name=f"{variant.name}, compiled", compiled=True) for variant in (NONE, ADAPTER, MINUS, FULL)
+)
+GRAPHS = tuple(
+    replace(variant, name=f"{variant.name}, CUDA graphs", compiled=True, graphs=True)
+    for variant in (NONE, ADAPTER, MINUS, FULL)
 )
 
 
@@ -135,7 +138,9 @@ def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
         found.insert(2, STOCK)
     if not shape.decoder or device != "cpu":
         found += [BOTH, NONE_AGAIN, FULL_AGAIN]
-    return found + list(COMPILED if compiled else ())
+    if not compiled:
+        return found
+    return [*found, *COMPILED, *(GRAPHS if device != "cpu" else ())]
 
 
 def base_model(shape: Shape, device: str) -> nn.Module:
@@ -209,7 +214,8 @@ class Runner:
         if variant.compiled:
             # Of one piece of code, however many models run it; past eight it would run uncompiled.
             torch._dynamo.config.recompile_limit = 64
-        self.call: Any = torch.compile(self.model) if variant.compiled else self.model
+        mode = "reduce-overhead" if variant.graphs else None
+        self.call: Any = torch.compile(self.model, mode=mode) if variant.compiled else self.model
         self.batch = make_batch(shape, device)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.optimiser = torch.optim.AdamW(trained, lr=1e-4)

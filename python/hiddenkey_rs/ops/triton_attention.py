@@ -21,10 +21,11 @@ from ..serialise import choice
 from . import triton_gather
 from .documents import MOST_POSITIONS, Documents
 from .reference import POSITIONS
-from .triton_launch import Launch, kernels, strides, unable, unwatched, widest_head
+from .triton_geometry import Geometry, How, Mask, geometry, inside
+from .triton_launch import Ready, precision, unable, unwatched, widest_head
 
 HEADS = ("group", "query")
-_LOG2E = 1.4426950408889634
+_SETTLED = Ready()
 
 
 def obstacle(
@@ -69,7 +70,7 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     scaling: float | None = None,
-    count: bool = False,
+    count: bool | Tensor = False,
     gather: bool | None = None,
     rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,7 @@ def attention(
         causal: no key behind the query. window: keys nearer than this many positions, the own one included; both
             ways unless causal.
         scaling: default 1 / sqrt(D).
-        count: count the kept pairs, after the rescue.
+        count: count the kept pairs, after the rescue; a zero, int64 () on the queries' device, to have it counted in there.
         gather: visit kept keys alone (column and span DropKey), or every key; ``None``: alone where that is possible and
             :func:`.triton_gather.worth_gathering`.
         rate: behind ``keep``, the probability of dropping; for that choice alone.
@@ -104,49 +105,89 @@ def attention(
     Raises:
         ConfigError: what Triton cannot compute, or shapes, dtypes, devices and settings that disagree.
     """
+    if scaling is not None and scaling <= 0:  # kernels multiply maxima by it, too
+        query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
+    query, key, value = (
+        rows if not rows.dim() or rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value)
+    )
+    table = documents.table
+    if not unwatched(query):
+        how = _settle(
+            query, key, value, documents, keys, threshold, keep, position, heads, causal, window, scaling, gather, rate
+        )
+        outputs = attention_forward(
+            query, key, value, table, keys if how.threshold else None, keep, *how, count is not False
+        )
+        return outputs[0], outputs[4]
+    place = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, key.device,
+        value.shape, value.stride(), value.dtype, value.device, table.shape, table.dtype, table.device,
+        documents.queries, documents.keys, documents.positions, documents.shifted, documents.cross, documents.full,
+        None if keys is None else (keys.shape, keys.dtype, keys.device), threshold,
+        None if keep is None else (keep.shape, keep.dtype, keep.device),
+        position, heads, causal, window, scaling, count is False, gather, rate, precision(query),
+    )  # fmt: skip
+    settled: Geometry | None = _SETTLED.get(place)
+    if settled is None:
+        how = _settle(
+            query, key, value, documents, keys, threshold, keep, position, heads, causal, window, scaling, gather, rate
+        )
+        mask = Mask(table, keys if how.threshold else None, keep)
+        settled = _SETTLED.keep(place, geometry(query, key, value, mask, how, count is not False))
+    counts = count if isinstance(count, Tensor) else query.new_zeros((), dtype=torch.int64)
+    mask = Mask(table, keys if settled.how.threshold else None, keep).contiguous()
+    out: Tensor = _Attention.apply(query, key, value, mask, settled, counts)
+    return out, counts
+
+
+def _settle(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    keys: Tensor | None,
+    threshold: int,
+    keep: Tensor | None,
+    position: str,
+    heads: str,
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+    gather: bool | None,
+    rate: float | None,
+) -> How:
+    """What :func:`attention` was asked for, checked, as the operators take it."""
     _check(query, key, value, documents, keys, threshold, keep)
     choice(position, POSITIONS, "attention position")
     choice(heads, HEADS, "heads")
     if window is not None and window < 1:
         raise ConfigError(f"window must be at least 1, the own key (got {window}); leave it out for no window")
-    window = None if window is None else min(window, MOST_POSITIONS)  # kernels add it to places, in 32 bits
     mask_heads = key.shape[1] if heads == "group" else query.shape[1]
     if keep is not None and keep.shape[1] != mask_heads:
         raise ConfigError(
             f"keep has another number of heads than heads={heads!r} asks for (got {keep.shape[1]}, not {mask_heads}); "
             "draw one mask a key/value head, or say heads='query'"
         )
-    if keys is not None and threshold == 0:
-        keys = None
     reason = triton_gather.obstacle(keep, position, documents.cross, causal, window)
     if gather and reason is not None:
         raise ConfigError(f"kept keys cannot be visited alone: {reason} (got gather=True); leave it out")
     if gather is None:
         gather = reason is None and triton_gather.worth_gathering(documents.keys, rate, causal, window)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if scaling <= 0:  # kernels multiply maxima by it, too
-        query, scaling = query * (-1.0 if scaling < 0 else 0.0), -scaling or 1.0
-    attend = _Attention.apply if unwatched(query) else attention_forward
-    outputs = attend(
-        *(rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value)),
-        documents.table,
-        keys,
-        keep,
-        documents.queries,
-        documents.keys,
-        documents.shifted,
-        threshold,
-        mask_heads,
-        scaling,
-        position == "dropattention" and not (keys is None and keep is None),
-        causal,
-        window or 0,
-        documents.cross,
-        gather,
-        documents.full,
-        count,
+    drawn = 0 if keys is None else threshold
+    return How(
+        most_queries=documents.queries,
+        most_keys=documents.keys,
+        shifted=documents.shifted,
+        threshold=drawn,
+        mask_heads=mask_heads,
+        scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        dropattention=position == "dropattention" and (drawn > 0 or keep is not None),
+        causal=causal,
+        window=min(window or 0, MOST_POSITIONS),  # kernels add it to places, in 32 bits
+        cross=documents.cross,
+        gather=gather,
+        full=documents.full,
     )
-    return outputs[0], outputs[4]
 
 
 def _check(
@@ -239,22 +280,55 @@ def _forward(
     count: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Behind :func:`attention`, which checks: (out, log-sums over kept and over allowed keys, rescued rows, kept pairs)."""
-    # A list's kernels write no flags across documents, where no row is lost.
-    written = full and not (gather and cross)
-    outputs = _outputs(query, value, keys is not None or keep is not None, dropattention, full, written)
-    out, log_kept, log_allowed, lost, counts = outputs
-    lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
-    launch = Launch("forward", query, key, value, table, keys, keep, most_queries, mask_heads, causal, lists=lists)
-    if launch.programs:
-        with launch.device:
-            kernels("attention_forward").forward_kernel[(launch.programs,)](
-                query, key, value, out, log_kept, log_allowed, lost, counts, *launch.tensors,
-                *strides(query, key, value, out), *launch.numbers,
-                scaling * _LOG2E, window, threshold,
-                **launch.constants, DROPATTENTION=dropattention, CAUSAL=causal, WINDOW=window > 0, OWN=not cross,
-                COUNT=count,
-            )  # fmt: skip
-    return outputs
+    how = How(
+        most_queries, most_keys, shifted, threshold, mask_heads, scaling, dropattention, causal, window, cross, gather, full
+    )  # fmt: skip
+    mask = Mask(table, keys, keep).contiguous()
+    counts = query.new_zeros((), dtype=torch.int64)
+    made = _run_forward(geometry(query, key, value, mask, how, count), query, key, value, mask, counts)
+    out, log_kept, log_allowed, lost, _ = made
+    nothing = query.new_empty(0, dtype=torch.float32)
+    return (
+        out,
+        log_kept,
+        nothing if log_allowed is None else log_allowed,
+        nothing.to(torch.int8) if lost is None else lost,
+        counts,
+    )
+
+
+def _run_forward(
+    ready: Geometry, query: Tensor, key: Tensor, value: Tensor, mask: Mask, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(out, log-sums over kept and over allowed keys, rescued rows, lists of kept keys); adds kept pairs to ``counts``."""
+    how, shape, device = ready.how, query.shape[:3], query.device
+    out = torch.empty_strided(ready.out_shape, ready.out_strides, dtype=query.dtype, device=device)
+    log_kept = torch.empty(shape, dtype=torch.float32, device=device)
+    log_allowed = torch.empty_like(log_kept) if how.dropattention else None
+    lost = None
+    if ready.masked:
+        lost = (torch.empty if ready.written else torch.zeros)(shape, dtype=torch.int8, device=device)
+    if not how.full:  # as it is where no document stands
+        out.zero_()
+        for logs in (log_kept, log_allowed):
+            if logs is not None:
+                logs.fill_(torch.inf)
+    lists = (
+        triton_gather.kept_lists(mask.table, mask.keep, how.cross) if ready.gathers and mask.keep is not None else None
+    )
+    # Tensors that a launch has no use for: any pointer does.
+    ready.forward(
+        query,
+        key,
+        value,
+        out,
+        log_kept,
+        log_kept if log_allowed is None else log_allowed,
+        log_kept if lost is None else lost,
+        counts,
+        *mask.pointers(lists),
+    )
+    return out, log_kept, log_allowed, lost, lists
 
 
 def _backward(
@@ -283,70 +357,52 @@ def _backward(
     full: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
+    how = How(
+        most_queries, most_keys, shifted, threshold, mask_heads, scaling, dropattention, causal, window, cross, gather, full
+    )  # fmt: skip
+    mask = Mask(table, keys, keep).contiguous()
+    ready = geometry(query, key, value, mask, how)
+    return _run_backward(ready, mask, gradient, query, key, value, out, log_kept, log_allowed, lost, None)
+
+
+def _run_backward(
+    ready: Geometry,
+    mask: Mask,
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_kept: Tensor,
+    log_allowed: Tensor | None,
+    lost: Tensor | None,
+    lists: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-    grad_query = _heads_inside(query, query.shape[-1], full=full)
-    lists = triton_gather.kept_lists(table, keep, cross) if gather and keep is not None else None
-    # A list is one query head's or one key/value head's. The former's gradients of keys are added up afterwards.
-    apart = lists is not None and mask_heads != key.shape[1]
-    heads, dtype = (mask_heads, torch.float32) if apart else (None, None)
-    grad_key, grad_value = (_heads_inside(rows, rows.shape[-1], heads, dtype, full) for rows in (key, value))
+    if lists is None and ready.gathers and mask.keep is not None:
+        lists = triton_gather.kept_lists(mask.table, mask.keep, ready.how.cross)
+    full = ready.how.full
+    grad_query = _heads_inside(query, query.shape, query.dtype, full)
+    dtype = torch.float32 if ready.apart else query.dtype
+    grad_key = _heads_inside(key, ready.key_rows, dtype, full)
+    grad_value = _heads_inside(value, ready.value_rows, dtype, full)
     deltas = torch.empty_like(log_kept)
-    flags = {"DROPATTENTION": dropattention, "CAUSAL": causal, "WINDOW": window > 0, "OWN": not cross}
-    sums = (log_kept, log_allowed, lost, deltas)
-    settings = (scaling, scaling * _LOG2E, window, threshold)
-    backward = kernels("attention_backward")
-    launch = Launch("query", query, key, value, table, keys, keep, most_queries, mask_heads, causal, lists=lists)
-    if launch.programs:
-        with launch.device:
-            backward.query_gradient_kernel[(launch.programs,)](
-                query, key, value, out, gradient, grad_query, *sums, *launch.tensors,
-                *strides(query, key, value, out, gradient, grad_query), *launch.numbers, *settings,
-                **launch.constants, **flags,
-            )  # fmt: skip
-    launch = Launch("key", query, key, value, table, keys, keep, most_keys, mask_heads, causal, shifted, lists)
-    if launch.programs:
-        with launch.device:
-            backward.key_gradient_kernel[(launch.programs,)](
-                query, key, value, gradient, grad_key, grad_value, *sums, *launch.tensors,
-                *strides(query, key, value, gradient, grad_key, grad_value), *launch.numbers, *settings,
-                **launch.constants, **flags,
-            )  # fmt: skip
-    if apart:
+    sums = (
+        log_kept, log_kept if log_allowed is None else log_allowed, log_kept if lost is None else lost, deltas,
+        *mask.pointers(lists),
+    )  # fmt: skip
+    of_queries, of_keys = ready.backward(gradient)
+    of_queries(query, key, value, out, gradient, grad_query, *sums)
+    of_keys(query, key, value, gradient, grad_key, grad_value, *sums)
+    if ready.apart:
         grad_key, grad_value = (_added_up(rows, key.shape[1], key.dtype) for rows in (grad_key, grad_value))
     return grad_query, grad_key, grad_value
 
 
-def _outputs(
-    query: Tensor, value: Tensor, masked: bool, dropattention: bool, full: bool, written: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for what :func:`attention_forward` returns, as it is where no document stands.
-
-    Args:
-        full: documents stand everywhere. written: the kernel writes the flags of every row.
-    """
-    rows = query.shape[:3]
-    some: Any = rows if dropattention else (0,)
-
-    def logs(shape: Any) -> Tensor:
-        empty = query.new_empty(shape, dtype=torch.float32)
-        return empty if full else empty.fill_(torch.inf)
-
-    return (
-        _heads_inside(query, value.shape[-1], full=full),
-        logs(rows),
-        logs(some),
-        (query.new_empty if written else query.new_zeros)(rows if masked else (0,), dtype=torch.int8),
-        query.new_zeros((), dtype=torch.int64),
-    )
-
-
-def _heads_inside(
-    rows: Tensor, size: int, heads: int | None = None, dtype: torch.dtype | None = None, full: bool = False
-) -> Tensor:
+def _heads_inside(like: Tensor, shape: Any, dtype: torch.dtype, full: bool = False) -> Tensor:
     """Zeros (B, H, L, size) that lie (B, L, H, size) in memory, as models want them; ``full``: a kernel writes it all."""
-    batch, own, length, _ = rows.shape
-    made = rows.new_empty if full else rows.new_zeros
-    return made((batch, length, heads or own, size), dtype=dtype).transpose(1, 2)
+    made = torch.empty_strided(shape, inside(shape), dtype=dtype, device=like.device)
+    return made if full else made.zero_()
 
 
 def _added_up(rows: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -364,12 +420,22 @@ attention_backward = torch.library.custom_op("hiddenkey_rs::triton_attention_bac
 def _(
     query: Tensor, key: Tensor, value: Tensor, table: Tensor, keys: Tensor | None, keep: Tensor | None, *rest: Any
 ) -> Any:
-    return _outputs(query, value, keys is not None or keep is not None, rest[6], False, False)
+    rows, dropattention, masked = query.shape[:3], rest[6], keys is not None or keep is not None
+    return (
+        query.new_empty(*rows[:1], rows[2], rows[1], value.shape[3]).transpose(1, 2),
+        query.new_empty(rows, dtype=torch.float32),
+        query.new_empty(rows if dropattention else (0,), dtype=torch.float32),
+        query.new_empty(rows if masked else (0,), dtype=torch.int8),
+        query.new_empty((), dtype=torch.int64),
+    )
 
 
 @attention_backward.register_fake
 def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
-    return tuple(_heads_inside(rows, rows.shape[-1]) for rows in (query, key, value))
+    return tuple(
+        torch.empty_like(rows.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        for rows in (query, key, value)
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -390,16 +456,18 @@ attention_forward.register_autograd(_gradient, setup_context=_save)
 
 
 class _Attention(torch.autograd.Function):
-    """What the operators do, where nobody watches them."""
+    """What the operators do, where nobody watches them: their many arguments alone take the host as long as a kernel does."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, ready: Geometry, counts: Tensor
+    ) -> Tensor:
+        out, *sums = _run_forward(ready, query, key, value, mask, counts)
+        ctx.mask, ctx.ready = mask, ready
+        ctx.save_for_backward(query, key, value, out, *sums)
+        return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> Any:
-        grads = (None,) * 3 if gradient is None else _backward(gradient, *ctx.saved_tensors, *ctx.settings)
-        return *grads, *(None,) * 16
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return *_run_backward(ctx.ready, ctx.mask, gradient, *ctx.saved_tensors), None, None, None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .triton_launch import device_of, kernels
+from .triton_launch import Launch, Ready, kernels
 
 GATHER_DROPPED = 48
 """Kept keys are visited alone where so many keys go: measured on an H100 (``benches/results/tiles_h100.jsonl``)."""
 TYPICAL_RATE = 0.1
 """Stands for the rate of a mask that is given without it."""
 _BLOCK = 1024
+_READY = Ready()
 
 
 def obstacle(keep: Tensor | None, position: str, cross: bool, causal: bool, window: int | None) -> str | None:
@@ -54,11 +55,11 @@ def kept_lists(table: Tensor, keep: Tensor, cross: bool) -> Tensor:
         cross: a head that keeps none of a document's keys lists all of them.
     """
     documents, heads, columns = keep.shape
+    place = (keep.shape, keep.device, cross)
+    launch: Launch | None = _READY.get(place)
+    if launch is None:
+        kernel, constants = kernels("gather_kernel").list_kernel, {"OWN": not cross, "BLOCK": _BLOCK}
+        launch = _READY.keep(place, Launch(kernel, documents * heads, (heads, columns + 1), constants, keep.device))
     lists = torch.empty(documents, heads, 2, columns + 1, dtype=torch.int32, device=keep.device)
-    if documents * heads:
-        with device_of(keep):
-            kernels("gather_kernel").list_kernel[(documents * heads,)](
-                table.contiguous(), keep.contiguous().view(torch.uint8), lists, heads, columns + 1,
-                OWN=not cross, BLOCK=_BLOCK,
-            )  # fmt: skip
+    launch(table.contiguous(), keep.contiguous(), lists)
     return lists

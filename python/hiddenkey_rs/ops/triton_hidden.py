@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
-from .triton_launch import device_of, kernels, unwatched
+from .triton_launch import Launch, Ready, kernels, unwatched
 from .triton_launch import unable as obstacle
 
 __all__ = ["drop_elements", "drop_rows", "obstacle"]
 
 _ROWS, _COLUMNS, _WARPS = 32, 128, 4
+_READY, _CHECKED = Ready(), Ready()
 
 
 def drop_elements(
@@ -30,7 +31,7 @@ def drop_elements(
     scale: float,
     *,
     residual: Tensor | None = None,
-    count: bool = False,
+    count: bool | Tensor = False,
 ) -> tuple[Tensor, Tensor]:
     """Element pattern: ``out = residual + (keep ? hidden * scale : 0)`` (paper, eq. 8).
 
@@ -40,7 +41,7 @@ def drop_elements(
         samples: int64 (N,), each row's example, or -1 for padding, of which nothing is kept.
         positions: int64 (N,), each row's place in its example.
         threshold: of the rate, 0..65535. scale: 1 / (1 - realised rate) for inverted dropout, 1 for none.
-        count: count the kept places.
+        count: count the kept places; a zero, int64 () on their device, to have them counted in there.
 
     Returns:
         (out, kept): like ``hidden``; int64 (), how many places were kept, 0 unless counted.
@@ -48,6 +49,26 @@ def drop_elements(
     Raises:
         ConfigError: what Triton cannot compute, or shapes, dtypes and devices that disagree.
     """
+    if not unwatched(hidden):
+        _check_elements(hidden, residual, keys, samples, positions, threshold)
+        outputs: tuple[Tensor, Tensor] = drop_forward(
+            hidden, residual, keys, samples, positions, threshold, scale, count is not False
+        )
+        return outputs
+    given = (hidden, residual, keys, samples, positions)
+    place = (threshold, *(None if part is None else (part.shape, part.dtype, part.device) for part in given))
+    if place not in _CHECKED:
+        _check_elements(*given, threshold)
+        _CHECKED.keep(place, True)
+    counts = count if isinstance(count, Tensor) else samples.new_zeros(())
+    places = (keys.contiguous(), samples.contiguous(), positions.contiguous())
+    out = _DropElements.apply(hidden, residual, places, threshold, scale, None if count is False else counts)
+    return out, counts
+
+
+def _check_elements(
+    hidden: Tensor, residual: Tensor | None, keys: Tensor, samples: Tensor, positions: Tensor, threshold: int
+) -> None:
     rows = _check(hidden, residual, keys=keys, samples=samples, positions=positions)
     fits = keys.dim() == 2 and keys.shape[1] == 2 and keys.shape[0] and rows % keys.shape[0] == 0
     if samples.shape != (rows,) or positions.shape != (rows,) or not fits:
@@ -61,15 +82,6 @@ def drop_elements(
             raise ConfigError(f"{name} must be int64 (got {tensor.dtype}); convert them")
     if not 0 <= threshold <= 65535:
         raise ConfigError(f"threshold must lie in 0..65535 (got {threshold}); use a rate below 1")
-    if not unwatched(hidden):
-        outputs: tuple[Tensor, Tensor] = drop_forward(
-            hidden, residual, keys, samples, positions, threshold, scale, count
-        )
-        return outputs
-    counts = torch.zeros((), dtype=torch.int64, device=hidden.device)
-    places = (keys.contiguous(), samples.contiguous(), positions.contiguous())
-    out = _DropElements.apply(hidden, residual, places, threshold, scale, counts if count else None)
-    return out, counts
 
 
 def drop_rows(hidden: Tensor, keep: Tensor, scale: float, *, residual: Tensor | None = None) -> Tensor:
@@ -152,27 +164,41 @@ def _launch(
     added = flat if residual is None else residual.reshape(flat.shape)
     added = added if added.stride(1) == 1 else added.contiguous()
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    rows = out.view(flat.shape)
-    blocks = -(-features // _COLUMNS)
-    programs = -(-len(flat) // _ROWS) * blocks
-    if not programs:
-        return out
     # Tensors that there is no use for: any pointer does.
     keys, samples, positions = places or (out,) * 3
-    flags = keys if keep is None else keep.view(torch.uint8)
-    rows_each = len(flat) if places is None else len(flat) // (keys.numel() // 2)
-    kernel = kernels("hidden_kernel").drop_kernel
-    with device_of(hidden):
-        kernel[(programs,)](
-            flat, added, rows, keys if counts is None else counts, keys, samples, positions, flags,
-            flat.stride(0), added.stride(0), rows.stride(0), len(flat), rows_each, blocks,
-            scale, threshold,
-            FEATURES=features, ROWS=_ROWS, COLUMNS=_COLUMNS,
-            ELEMENT=places is not None, RESIDUAL=residual is not None, COUNT=counts is not None,
-            # A fused multiply-add would round once where the unfused operations round twice.
-            num_warps=_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    parts = None if places is None else keys.numel() // 2
+    how = (parts, residual is not None, counts is not None, scale, threshold)
+    place = (flat.shape, flat.stride(0), added.stride(0), hidden.dtype, hidden.device, *how)
+    launch: Launch | None = _READY.get(place)
+    if launch is None:
+        launch = _READY.keep(place, _made(flat, added, *how))
+    launch(
+        flat, added, out, keys if counts is None else counts, keys, samples, positions, keys if keep is None else keep
+    )
     return out
+
+
+def _made(
+    flat: Tensor, added: Tensor, parts: int | None, residual: bool, counted: bool, scale: float, threshold: int
+) -> Launch:
+    """The launch for rows (N, D) like these, in so many parts of one key each."""
+    rows, features = flat.shape
+    blocks = -(-features // _COLUMNS)
+    numbers = (
+        flat.stride(0), added.stride(0), features, rows, rows // (parts or 1), blocks, float(scale), threshold
+    )  # fmt: skip
+    constants = {
+        "FEATURES": features,
+        "ROWS": _ROWS,
+        "COLUMNS": _COLUMNS,
+        "ELEMENT": parts is not None,
+        "RESIDUAL": residual,
+        "COUNT": counted,
+        "num_warps": _WARPS,
+        # A fused multiply-add would round once where the unfused operations round twice.
+        "enable_fp_fusion": False,
+    }
+    return Launch(kernels("hidden_kernel").drop_kernel, -(-rows // _ROWS) * blocks, numbers, constants, flat.device)
 
 
 drop_forward = torch.library.custom_op("hiddenkey_rs::triton_drop_elements", _elements, mutates_args=())

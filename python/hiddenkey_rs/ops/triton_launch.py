@@ -1,4 +1,4 @@
-"""How the Triton kernels are launched: what they can take, tile sizes, and arguments that several of them share."""
+"""How the Triton kernels are launched: what they can take, tile sizes, and launches that are made ready once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HOPPER = 227 << 10
 """Bytes of shared memory that a block of an H100 can have."""
-_NOTHING, _ELEMENT, _KEYS, _KEPT = 0, 1, 2, 3
+_ALIGNED = 16
+"""Bytes: whether pointers are multiples of so many is compiled in."""
+_MOST_READY = 2048
 
 
 def widest_head(states: Tensor) -> int:
     """The widest heads of this dtype and device whose tiles fit into shared memory."""
-    if states.dtype != torch.float32:
+    return _widest(states.dtype, states.device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _widest(dtype: torch.dtype, device: torch.device) -> int:
+    if dtype != torch.float32:
         return 256
-    return 128 if _shared_memory(states.device) >= HOPPER else 64
+    return 128 if shared_memory(device) >= HOPPER else 64
 
 
 def on_cuda(device: torch.device) -> bool:
@@ -31,16 +38,28 @@ def on_cuda(device: torch.device) -> bool:
 
 def unable(states: Tensor) -> str | None:
     """Why Triton cannot work on this tensor at all: not installed, another device, another dtype."""
+    if torch.compiler.is_compiling():
+        return _unable(states.dtype, states.device)
+    kind = (states.dtype, states.device)
+    return _UNABLE[kind] if kind in _UNABLE else _UNABLE.setdefault(kind, _unable(*kind))
+
+
+_UNABLE: dict[tuple[torch.dtype, torch.device], str | None] = {}
+"""What :func:`unable` has said: every layer asks."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unable(dtype: torch.dtype, device: torch.device) -> str | None:
     if not _installed():
         return "Triton is not installed"
-    if states.device.type == "cuda" and torch.version.hip is not None:
+    if device.type == "cuda" and torch.version.hip is not None:
         return "its kernels hold instructions of NVIDIA's devices"
-    if states.device.type == "cuda" and _capability(states.device) < 8:
+    if device.type == "cuda" and _capability(device) < 8:
         return "its kernels are made for NVIDIA's devices from Ampere on, compute capability 8.0"
-    if states.dtype not in DTYPES:
-        return f"it computes in float16, bfloat16 and float32, not {states.dtype}"
-    if states.device.type != "cuda" and not (states.device.type == "cpu" and _interpreted()):
-        return f"it needs tensors on a CUDA device, not {states.device} (or TRITON_INTERPRET=1)"
+    if dtype not in DTYPES:
+        return f"it computes in float16, bfloat16 and float32, not {dtype}"
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"it needs tensors on a CUDA device, not {device} (or TRITON_INTERPRET=1)"
     return None
 
 
@@ -58,74 +77,61 @@ def unwatched(states: Tensor) -> bool:
 
 
 class Launch:
-    """What the three kernels are all launched with."""
+    """A kernel, and what a launch of it takes beside tensors: made once for tensors of one geometry, launched often.
+
+    Triton binds every launch's arguments anew and looks up what it has compiled for such: with fifty arguments the host needs
+    longer for that than for all of a small layer. The second launch on, as long as pointers are aligned as most are, calls
+    what the first one compiled: numbers and constants are the same ones, and pointers say nothing else that is compiled in.
+    """
 
     def __init__(
-        self,
-        kind: str,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        table: Tensor,
-        keys: Tensor | None,
-        keep: Tensor | None,
-        longest: int,
-        mask_heads: int,
-        causal: bool,
-        shifted: bool = False,
-        lists: Tensor | None = None,
+        self, kernel: Any, programs: int, numbers: tuple[Any, ...], constants: dict[str, Any], device: torch.device
     ) -> None:
-        heads, groups = query.shape[1], key.shape[1]
-        head, head_v = query.shape[-1], value.shape[-1]
-        pattern = _KEPT if lists is not None else _KEYS if keep is not None else _NOTHING if keys is None else _ELEMENT
-        rows, columns, warps, stages = tiles(
-            kind, max(head, head_v), query.dtype, _shared_memory(query.device), pattern == _ELEMENT, causal
-        )
-        # Element masks are drawn 128 columns at a time, for one tile or two.
-        span = max(columns, 128) if pattern == _ELEMENT else columns
-        # A document whose first key stands inside a tile of positions can touch one more; tiles of a list cannot.
-        beyond = (span - 1) * (shifted and pattern != _KEPT)
-        blocks = _blocks(longest, rows) if kind != "key" else _blocks(longest + beyond, span) * (span // columns)
-        owners = mask_heads if pattern == _KEPT else groups
-        self.programs = blocks * len(table) * (owners if kind == "key" else heads)
-        # Tensors that a launch has no use for: any pointer does.
-        self.tensors = (
-            table.contiguous(),
-            table if keys is None else keys.contiguous(),
-            table if keep is None else keep.contiguous().view(torch.uint8) if lists is None else lists,
-        )
-        each = len(table) if keys is None else len(table) // len(keys)
-        self.numbers = (
-            heads,
-            query.shape[2],
-            heads // groups,
-            heads // mask_heads,
-            mask_heads,
-            0 if keep is None else keep.shape[2] if lists is None else lists.shape[3],
-            each,
-            blocks,
-        )
-        self.constants = {
-            "HEAD": head,
-            "HEAD_V": head_v,
-            "BLOCK_D": _power(head),
-            "BLOCK_V": _power(head_v),
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "PATTERN": pattern,
-            "PRECISION": _precision(query),
-            "num_warps": warps,
-            # Products and sums become one instruction, which Triton 3.10 must be asked for.
-            "enable_fp_fusion": True,
-            # One stage more, where there are two, for the positions that rows are loaded by: half a KiB.
-            "num_stages": stages + (pattern == _KEPT and kind != "key" and stages > 1),
-        }
-        self.device: Any = device_of(query)
+        """``numbers``: the arguments behind the pointers. ``constants``: the constexpr ones, and Triton's own options."""
+        self.kernel, self.programs, self.numbers, self.constants = kernel, programs, numbers, constants
+        self._device = device
+        self._again: Any = None
+        self._arguments: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch, on the current stream of the tensors' device."""
+        if not self.programs:
+            return
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        every = 0
+        for pointer in pointers:
+            every |= pointer
+        aligned = not every % _ALIGNED
+        if self._again is not None and aligned and _is_current(self._device):
+            self._again(*pointers, *self._arguments)
+            return
+        views = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
+        with device_of(self._device):
+            compiled = self.kernel[(self.programs,)](*views, *self.numbers, **self.constants)
+        if aligned and kernels("philox").runs_again(compiled):
+            constants = (self.constants[name] for name in self.kernel.arg_names if name in self.constants)
+            self._arguments = (*self.numbers, *constants)
+            self._again = compiled[(self.programs, 1, 1)]
 
 
-def device_of(states: Tensor) -> Any:
+class Ready(dict[Any, Any]):
+    """What was made for a geometry, by what tells geometries apart; emptied when many have been seen, as of many lengths."""
+
+    def keep(self, key: Any, made: Any) -> Any:
+        """Keep, and return, ``made``."""
+        if len(self) >= _MOST_READY:
+            self.clear()
+        self[key] = made
+        return made
+
+
+def device_of(device: torch.device) -> Any:
     """A context to launch in: Triton launches on the current device, whatever device the tensors are on."""
-    return torch.cuda.device(states.device) if states.device.type == "cuda" else nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.current_device() == device.index
 
 
 def tiles(
@@ -174,14 +180,14 @@ def _capability(device: torch.device) -> int:
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block of this device can have."""
     if device.type != "cuda":
         return HOPPER
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def _precision(states: Tensor) -> str:
+def precision(states: Tensor) -> str:
     """How float32 is multiplied; other dtypes do not read it."""
     if states.device.type == "cpu":
         return "interpreter"
@@ -191,27 +197,12 @@ def _precision(states: Tensor) -> str:
     return "tf32" if fast else "tf32x3"
 
 
-def strides(*tensors: Tensor) -> list[int]:
-    """The strides of all but the last dimension (which is 1) of four-dimensional tensors, one after the other."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def _blocks(length: int, size: int) -> int:
-    return -(-length // size)
-
-
-def _power(head: int) -> int:
-    """The width of a tensor-core operand that holds a head."""
-    return max(16, 1 << (head - 1).bit_length())
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
 def _interpreted() -> bool:
     return bool(kernels("philox").interpreted())
 

@@ -35,6 +35,14 @@ def interpreted() -> bool:
     return triton is not None and not isinstance(sample_words, triton.runtime.jit.JITFunction)
 
 
+def runs_again(compiled) -> bool:
+    """Whether what a launch returned can be launched by itself: of Triton from 3.6 on, and not of its interpreter."""
+    if triton is None or interpreted():
+        return False
+    new = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
+    return new and isinstance(compiled, triton.compiler.CompiledKernel)
+
+
 INTERPRETED = None if tl is None else tl.constexpr(interpreted())
 
 
