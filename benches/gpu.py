@@ -5,7 +5,8 @@ seconds as ``--seconds`` says: what does not fit any more is left out and named.
 Triton's interpreter, on any machine.
 
 Work is done in processes of their own, kernel checks in several at once, which compile side by side: a fault on the device
-ends one process, costs the part that it was at, and the rest goes on in a new one. Rows and summary are on disk as they come.
+ends one process, costs the part that it was at, and the rest goes on in a new one. Models are built, compiled and checked
+side by side, too, and timed one after the other, once all are ready. Rows and summary are on disk as they come.
 
 Exit code 0 if every result was right; 1 if one was not, or a part could not be run; 2 without a CUDA device; 3 if nothing
 was wrong, and time ran out before everything was looked at.
@@ -35,6 +36,8 @@ import torch
 
 SECTIONS = {"kernels": 0.30, "hidden": 0.33, "attention": 0.62, "steps": 0.80}
 """Sections, and after what part of the time no further part of one begins."""
+BUILT = 0.5
+"""After what part of the time that is left as it begins a section of models goes on with those that are built."""
 SECONDS = 590.0
 """After so many whatever still runs is ended."""
 CHECKERS = 15
@@ -48,6 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser("gpu.py", description="Check and time the CUDA kernels.", allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"time it may take (default {SECONDS:.0f})")
+    parser.add_argument(
+        "--sections", nargs="+", choices=tuple(SECTIONS), metavar="NAME", help=f"some of {', '.join(SECTIONS)}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, in Triton's interpreter")
     parser.add_argument("--part", nargs=4, metavar=("SECTION", "FROM", "EVERY", "UNTIL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,7 +63,7 @@ def main() -> int:
     if options.part:
         section, start, every, until = options.part
         return work(section, int(start), int(every), float(until), options.dry_run)
-    return Run(options.out, options.dry_run, options.seconds).everything()
+    return Run(options.out, options.dry_run, options.seconds, options.sections or ()).everything()
 
 
 # -- one process ---------------------------------------------------------------------------------------------------
@@ -138,16 +144,17 @@ def _attention(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
 def _steps(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
     """The models of ``bench step``, and where memory allows a decoder of 7 billion weights and an encoder of the paper's size.
 
-    On those two the device is what a step waits for; on the small ones it is the host.
+    On those two the device is what a step waits for; on the small ones it is the host, unless CUDA graphs free it.
     """
     from hiddenkey_rs.benchmarks import step
 
     if dry:
         shape = replace(step.QUICK.shapes[0], layers=1, hidden=16, heads=1, vocab=50, length=6, batch=2, ffn=32)
-        sizes = replace(step.QUICK, shapes=(shape,), samples=1, memory=False, budget=0.0)
+        sizes = [replace(step.QUICK, shapes=(shape,), samples=1, memory=False, budget=0.0)]
     else:
         encoder, decoder = (replace(shape, dtype="bfloat16") for shape in step.WHOLE.shapes)
-        shapes = [decoder, encoder]
+        whole = replace(step.WHOLE, device=device, budget=1.0)
+        sizes = [replace(whole, shapes=(shape,), graphs=True) for shape in (encoder, decoder)]
         if torch.cuda.get_device_properties(0).total_memory > 70e9:
             llama = {
                 "layers": 32,
@@ -159,10 +166,18 @@ def _steps(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
                 "ffn": 11008,
             }
             large = {"layers": 24, "hidden": 1024, "heads": 16, "vocab": 50265, "length": 512, "batch": 48, "ffn": 4096}
-            shapes += [replace(decoder, **llama), replace(encoder, **large)]
-        sizes = replace(step.WHOLE, shapes=tuple(shapes), device=device, budget=1.0)
+            shapes = (replace(decoder, **llama), replace(encoder, **large))
+            sizes = [replace(whole, shapes=(shape,)) for shape in shapes] + sizes
     threads = [torch.get_num_threads()]
-    return [lambda one=one: step.run(replace(sizes, shapes=(one,)), threads, place) for one in sizes.shapes]
+    return [lambda one=one: step.run(one, threads, place, _wait_for_turn) for one in sizes]
+
+
+def _wait_for_turn() -> None:
+    """Everything but the timing is done: the others' may be under way."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    _tell(ready=True)
+    sys.stdin.readline()
 
 
 # -- all of them ---------------------------------------------------------------------------------------------------
@@ -177,6 +192,9 @@ class Worker:
     process: Any = None
     at: int | None = None
     parts: int = 0
+    ready: bool = False
+    """Whether everything is built that it times. timing: whether it had its turn."""
+    timing: bool = False
     said: queue.SimpleQueue[str | None] = field(default_factory=queue.SimpleQueue)
     """Its lines, and ``None`` behind the last one."""
 
@@ -188,6 +206,7 @@ class Run:
     out: Path
     dry: bool
     seconds: float
+    sections: Sequence[str] = ()
     rows: list[Any] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
@@ -199,10 +218,11 @@ class Run:
         self.place = devices.place(harness.about(), "cpu" if self.dry else "cuda")
         self.begun, self.clock = time.monotonic(), time.time()
         self.out.mkdir(parents=True, exist_ok=True)
-        name = f"gpu_{_slug('dry run' if self.dry else torch.cuda.get_device_name())}"
+        card = _slug("dry run" if self.dry else torch.cuda.get_device_name())
+        name = "_".join(["gpu", card, *self.sections])
         self.text = self.out / f"{name}.md"
         with (self.out / f"{name}.jsonl").open("w", encoding="utf-8") as self.file:
-            for section in SECTIONS:
+            for section in self.sections or SECTIONS:
                 devices.say(f"gpu: {section}")
                 self._section(section)
                 self._write()
@@ -217,7 +237,9 @@ class Run:
         return self.clock + SECTIONS[section] * self.seconds
 
     def _section(self, section: str) -> None:
-        many = max(1, min(CHECKERS, len(os.sched_getaffinity(0)) - 1)) if section == "kernels" and not self.dry else 1
+        many = max(1, min(CHECKERS, len(os.sched_getaffinity(0)) - 1))
+        many = 1 if self.dry else {"kernels": many, "steps": 4}.get(section, 1)
+        self.built = time.monotonic() + BUILT * (self.seconds - (time.monotonic() - self.begun))
         workers = [Worker(start, many) for start in range(many)]
         try:
             for worker in workers:
@@ -226,6 +248,7 @@ class Run:
                 for worker in list(workers):
                     if not self._goes_on(section, worker):
                         workers.remove(worker)
+                self._give_turn(workers)
         finally:
             for worker in workers:  # none, unless something broke here
                 worker.process.kill()
@@ -234,10 +257,27 @@ class Run:
         until = str(self._until(section))
         command = [sys.executable, __file__, "--part", section, str(worker.start), str(worker.every), until]
         worker.process = subprocess.Popen(
-            command + ["--dry-run"] * self.dry, stdout=subprocess.PIPE, text=True, errors="replace"
+            command + ["--dry-run"] * self.dry,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
-        worker.at = None
+        worker.at, worker.ready, worker.timing = None, False, False
         threading.Thread(target=_listen, args=(worker.process.stdout, worker.said), daemon=True).start()
+
+    def _give_turn(self, workers: Sequence[Worker]) -> None:
+        """Let one go on of those that wait to time something, if no other is at it, and none builds that has time to."""
+        timing = [worker for worker in workers if worker.timing]
+        building = [worker for worker in workers if not worker.ready]
+        if timing or (building and time.monotonic() < self.built):
+            return
+        for worker in workers:
+            if worker.ready:
+                worker.timing = True
+                worker.process.stdin.write("\n")
+                worker.process.stdin.flush()
+                return
 
     def _goes_on(self, section: str, worker: Worker) -> bool:
         """Take what a worker has said so far; False once it has ended for good."""
@@ -247,7 +287,9 @@ class Run:
             return self._in_time(section, worker)
         if line is not None:
             said = json.loads(line)
-            worker.at, worker.parts = said.get("part", worker.at), said.get("parts", worker.parts)
+            if "part" in said:
+                worker.at, worker.ready, worker.timing = said["part"], False, False
+            worker.parts, worker.ready = said.get("parts", worker.parts), said.get("ready", worker.ready)
             if "row" in said:
                 self._keep(self._row(said))
             if "left" in said:

@@ -89,7 +89,7 @@ class Work:
         self.query, self.key, self.value, self.gradient = (
             rows(heads) for heads in (shape.heads, shape.groups, shape.groups, shape.heads)
         )
-        documents = Documents.of_rows(torch.arange(batch, device=device), [length] * batch, length)
+        documents = Documents.of_rows(range(batch), [length] * batch, length, device)
         keys = torch.tensor([[123456789, 987654321]], device=device) if shape.elements else None
         kept = torch.rand(batch, shape.groups, length, device=device, generator=draw) >= rate
         self.how: Any = (

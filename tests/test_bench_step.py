@@ -214,7 +214,7 @@ def test_an_accelerators_turn_is_of_several_steps(monkeypatch: pytest.MonkeyPatc
     for device, steps in (("cpu", 1), ("cuda", step._TURN)):
         calls.clear()
         found = step._alternate(runners, replace(step.QUICK, device=device, samples=2, budget=0.0))
-        assert calls == ["step", *(["wait", *["step"] * steps, "wait"] * 2)]
+        assert calls == ["step", "wait", *(["wait", *["step"] * steps, "wait"] * 2)]
         assert len(found[NONE]) == 2
     assert list(step_profile._measures("cuda")) == ["", "host, "]
 

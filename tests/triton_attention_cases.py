@@ -370,8 +370,8 @@ def test_rows_that_begin_at_their_start_are_known_without_asking() -> None:
     assert torch.equal(found.table, known.table)
     facts = [(each.queries, each.keys, each.positions, each.shifted, each.full) for each in (found, known)]
     assert facts[0] == facts[1] == (9, 9, 9, False, False)
-    assert Documents.of_rows(torch.tensor([4, 5]), [3, 0], 3).table[1, 2] == 0
-    assert Documents.of_rows(torch.tensor([4, 5]), [3, 3], 3).full
+    assert Documents.of_rows([4, 5], [3, 0], 3).table[1, 2] == 0
+    assert Documents.of_rows([4, 5], [3, 3], 3).full
 
 
 def test_nothing_to_do() -> None:

@@ -113,6 +113,8 @@ class BitMask:
         """:meth:`to_bool` as a torch tensor on ``device``."""
         import torch
 
+        from .transfer import to_device
+
         return to_device(torch.from_numpy(self.to_bool()), torch.device(device))
 
     def kept(self) -> int:
@@ -128,13 +130,6 @@ class BitMask:
 
     def __repr__(self) -> str:
         return f"BitMask(shape={self.shape}, kept={self.kept()})"
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host's tensor on a device, without waiting for what that is doing: through page-locked memory where there is CUDA."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def element(

@@ -99,14 +99,13 @@ class CompiledParts:
         self._model: Callable[[], nn.Module | None] = _nobody
         self._modules: list[nn.Module] = []
         self._held: list[tuple[Mapping[str, Any], list[Any]]] = []
+        self._wrapped = False
 
     def anywhere(self, model: nn.Module) -> bool:
         """Whether calling the model runs compiled code."""
         if self._model() is not model or any(list(now.values()) != before for now, before in self._held):
             self._walk(model)
-        # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
-        wrapped = any("_orig_mod" in now for now, _ in self._held)
-        return wrapped or any(part._compiled_call_impl is not None for part in (model, *self._modules))
+        return self._wrapped or any(part._compiled_call_impl is not None for part in (model, *self._modules))
 
     def _walk(self, model: nn.Module) -> None:
         found = [model]
@@ -114,6 +113,8 @@ class CompiledParts:
             found.extend(child for child in module._modules.values() if child is not None)
         self._model, self._modules = ref(model), found[1:]  # not the model itself: its own handle may hold this
         self._held = [(module._modules, list(module._modules.values())) for module in found if module._modules]
+        # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
+        self._wrapped = any("_orig_mod" in module._modules for module in found)
 
 
 def _nobody() -> None:

@@ -14,6 +14,7 @@ from ..errors import DataError, StateError
 from .head import Head, note_autocast
 from .interface import DEPTH_KEYWORD, PASS_KEYWORD
 from .passes import Pass, drop_pooled, drop_tokens
+from .prepared import PreparedPass
 from .sites import Site, SiteDrop, Stack
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def _install_stack(session: Session, stack: Stack, number: int) -> list[Removabl
         session.open(stack, number, stack_pass)
         if stack_pass is None:
             return args, kwargs
+        if isinstance(stack_pass, PreparedPass):
+            stack_pass.hold()
         if kwargs.get("inputs_embeds") is not None or (len(args) > place and args[place] is not None):
             args, kwargs = _drop_inputs(stack, stack_pass, place, args, kwargs)
         return args, {**kwargs, PASS_KEYWORD: stack_pass}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import masks, ops
 from ..errors import DataError
 from ..masks import MaskKey
+from ..transfer import to_device
 from .prepared import PreparedPass, check_heads, no_encoder, pairs_seen
 from .sites import Site, SiteDrop
 
@@ -164,7 +165,7 @@ class StackPass:
             places[site.site, depth] = None
             order = self.tokens.branch_order
             found = [[MaskKey(self.seed, self.step, b, d, name).derive() for b in order] for name, d in places]
-            table = masks.to_device(torch.tensor(found), self.tokens.document.device)
+            table = to_device(torch.tensor(found), self.tokens.document.device)
             self._keys = dict(zip(places, table.unbind(), strict=True))
         return self._keys[site.site, depth]
 
@@ -188,7 +189,7 @@ class StackPass:
         found = []
         for sample, branch in zip(tokens.samples.tolist(), tokens.branches.tolist(), strict=True):
             found.append(ops.span_draw(_key(self, site, depth, branch).derive(), sample))
-        return masks.to_device(torch.tensor(found), tokens.document.device)
+        return to_device(torch.tensor(found), tokens.document.device)
 
 
 Pass = StackPass | PreparedPass
@@ -292,7 +293,7 @@ def guided_keep(stack_pass: Pass, site: Site, drop: SiteDrop, depth: int) -> Ten
 
 def _runs(tokens: Tokens) -> Documents:
     if tokens.aligned and not tokens.packed and len(tokens.samples):
-        return ops.Documents.of_rows(tokens.sample_ids, tokens.lengths, tokens.document.shape[1])
+        return ops.Documents.of_rows(tokens.samples, tokens.lengths, tokens.document.shape[1], tokens.document.device)
     return ops.Documents.of_tokens(tokens.samples, tokens.document, tokens.position, tokens.real)
 
 
@@ -322,7 +323,7 @@ def _drawn(
         if device.type == "cpu":
             keep = torch.from_numpy(masks.element_bool(key, samples, rows, columns, drop.rate, heads=heads))
         else:
-            ids = masks.to_device(torch.from_numpy(samples), device)
+            ids = to_device(torch.from_numpy(samples), device)
             keep = ops.element_keep(key.derive(), ids, rows, columns, drop.threshold, heads)
         if stack_pass.recorder is not None and stack_pass.counts(site):
             _record(stack_pass, site, drop, depth, tokens, branch, keep)

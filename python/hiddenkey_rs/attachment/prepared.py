@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import ConfigError, DataError, UnsupportedModelError
-from ..masks import MaskKey, to_device
+from ..masks import MaskKey
+from ..transfer import to_device
 from .sites import Site, SiteDrop
 
 if TYPE_CHECKING:
@@ -26,11 +27,27 @@ if TYPE_CHECKING:
     from .passes import StackPass
     from .tokens import Tokens
 
+
+@torch.library.custom_op("hiddenkey_rs::held", mutates_args=())
+def held(given: Tensor) -> Tensor:
+    """A copy that belongs to the graph that makes it.
+
+    Backward keeps it in place of what the graph was given. CUDA graphs expect that at one address in all steps, and are
+    recorded anew where it is not.
+    """
+    return given.clone()
+
+
+@held.register_fake
+def _(given: Tensor) -> Tensor:
+    return torch.empty_like(given)
+
+
 Slots = Mapping[tuple[str, int], int]
 """(kind of site, depth) -> its number among everything that drops in a stack, and behind it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Places:
     """What a graph reads of :class:`.Tokens`, under the same names."""
 
@@ -102,6 +119,18 @@ class PreparedPass:
             for depth, drop in site.drops.items()
             if drop.start == "attention"
         }
+
+    def hold(self) -> None:
+        """In a graph, as the stack's pass begins: what backward will ask for is the graph's own from here on."""
+        if not self._keys.is_cuda:
+            return
+        self._keys = held(self._keys)
+        self._flags = [None if flags is None else held(flags) for flags in self._flags]
+        for tokens in (self.tokens, self.encoder_tokens):
+            if tokens is not None:
+                tokens.row_samples, tokens.row_positions = held(tokens.row_samples), held(tokens.row_positions)
+        for runs in self._runs or ():
+            object.__setattr__(runs, "table", held(runs.table))  # of a copy that no one else has
 
     def counts(self, site: Site) -> bool:
         """Whether this is the forward pass itself and no replay."""

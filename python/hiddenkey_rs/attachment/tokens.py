@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import DataError
-from ..masks import to_device
+from ..transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,8 @@ class RowFacts:
         columns = torch.arange(real.shape[1], device=real.device)
         left = (real == (columns < counts[:, None])).all()
         *lengths, aligned = torch.cat((counts, left[None])).tolist()
-        position = (torch.cumsum(real, dim=1) - 1).clamp_(min=0).masked_fill_(~real, 0)
+        counted = (torch.cumsum(real, dim=1) - 1).clamp_(min=0) if not aligned else columns
+        position = counted * real
         return RowFacts(real, position, np.array(lengths, dtype=np.int64), bool(aligned), told)
 
 

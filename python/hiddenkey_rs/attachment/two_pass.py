@@ -201,6 +201,8 @@ def _passes(
     if not shared:
         # The pass without gradient runs first: only its rows are alive while the gradient pass stores activations.
         second = _second_pass(handle, model, part, batch, compared, run)
+        if compiled and isinstance(second, Tensor):  # CUDA graphs write the next call's results where these stand
+            second = second.clone()
         # An autocast around both keeps its copies of weights; those of a pass without gradient lead no gradient back.
         torch.clear_autocast_cache()
         outputs, features = gradient_pass(batch)

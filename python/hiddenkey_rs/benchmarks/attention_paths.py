@@ -23,6 +23,7 @@ from .. import masks, ops
 from ..config import AttentionDrop, HiddenKeyConfig, threshold
 from ..masks import MaskKey
 from ..plan import plan_step
+from ..transfer import to_device
 
 SEED = 11
 GATHERED, BLOCKED, BOOLEAN, KERNEL, KEPT = "gathered", "blocked", "boolean row", "triton", "triton, gathered"
@@ -251,7 +252,7 @@ def _triton(work: Work, rate: float, step: int, gather: bool) -> Result:
     drawn: dict[str, Any] = {}
     if layout.pattern == "element":
         site = MaskKey(seed=SEED, step=step, site="attention").derive()
-        keys = masks.to_device(torch.tensor([site]), torch.device(work.device))
+        keys = to_device(torch.tensor([site]), torch.device(work.device))
         drawn = {"keys": keys, "threshold": threshold(rate), "heads": "query"}
     else:
         drawn = {"keep": work.keep(rate, step)}

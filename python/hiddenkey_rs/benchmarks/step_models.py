@@ -78,8 +78,7 @@ class Variant:
         both: the consistency term's gradient runs through both branches.
         doubled: R-Drop as its authors publish it: the batch twice, in a loop of one's own.
         checkpointing: activations are recomputed in backward.
-        compiled: by ``torch.compile``. graphs: with its CUDA graphs (``mode="reduce-overhead"``), so that the host launches a pass
-            and not each of its kernels.
+        compiled: by ``torch.compile``. graphs: and by CUDA graphs (``reduce-overhead``): the host launches passes, not kernels.
         impl: who computes attention and HiddenCut, as ``attach`` takes it.
     """
 
@@ -127,7 +126,7 @@ GRAPHS = tuple(
 )
 
 
-def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
+def variants(shape: Shape, compiled: bool, graphs: bool, device: str) -> list[Variant]:
     """The variants of a model. Those whose steps are long, and that no goal is about, are left out on a CPU."""
     found = [NONE, ADAPTER, MINUS, FULL, DOUBLED, RDROP]
     if device != "cpu":
@@ -138,9 +137,7 @@ def variants(shape: Shape, compiled: bool, device: str) -> list[Variant]:
         found.insert(2, STOCK)
     if not shape.decoder or device != "cpu":
         found += [BOTH, NONE_AGAIN, FULL_AGAIN]
-    if not compiled:
-        return found
-    return [*found, *COMPILED, *(GRAPHS if device != "cpu" else ())]
+    return [*found, *(COMPILED if compiled else ()), *(GRAPHS if graphs else ())]
 
 
 def base_model(shape: Shape, device: str) -> nn.Module:

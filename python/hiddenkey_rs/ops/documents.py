@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError
-from ..masks import to_device
+from ..transfer import to_device
 
 _TILE = 128
 MOST_POSITIONS = 1 << 20
@@ -87,23 +88,24 @@ class Documents:
         return Documents(table, most, most, positions, shifted=inside > 0, full=every == real.numel())
 
     @staticmethod
-    def of_rows(samples: Tensor, lengths: Any, length: int) -> Documents:
+    def of_rows(samples: Any, lengths: Any, length: int, device: torch.device | str = "cpu") -> Documents:
         """Self-attention over one document a row, each from the row's start on: what the host knows, and no device is asked.
 
         Args:
-            samples: (B,) int64, on the batch's device. lengths: (B,) integers on the host. length: of the rows.
+            samples, lengths: (B,) integers on the host. length: of the rows. device: of the batch.
 
         Example:
-            >>> Documents.of_rows(torch.tensor([7, 9]), [2, 3], 3).table.tolist()
+            >>> Documents.of_rows([7, 9], [2, 3], 3).table.tolist()
             [[0, 0, 2, 0, 2, 7, 0, 0], [1, 0, 3, 0, 3, 9, 0, 0]]
         """
-        count = torch.as_tensor(lengths, dtype=torch.int64)
-        row, zero = torch.arange(len(count)), torch.zeros_like(count)
-        most = int(count.max()) if len(count) else 0
+        count = np.asarray(lengths, np.int64)
+        table = np.zeros((len(count), 8), np.int64)
+        table[:, 0], table[:, 5] = np.arange(len(count)), samples
+        table[:, 2] = table[:, 4] = count
+        most = int(count.max(initial=0))
         _check_positions(most)
-        left = to_device(torch.stack((row, zero, count, zero, count), dim=1), samples.device)
-        table = torch.cat((left, samples[:, None], torch.zeros_like(left[:, :2])), dim=1)
-        return Documents(table, most, most, most, full=int(count.sum()) == len(count) * length)
+        full = int(count.sum()) == len(count) * length
+        return Documents(to_device(torch.from_numpy(table), torch.device(device)), most, most, most, full=full)
 
     @staticmethod
     def across(queries: Documents, keys: Documents) -> Documents:
