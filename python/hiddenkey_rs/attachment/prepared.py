@@ -6,7 +6,8 @@ sites, all column and span masks, and every token's place are made first and are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -121,7 +122,13 @@ class PreparedPass:
         }
 
     def hold(self) -> None:
-        """In a graph, as the stack's pass begins: what backward will ask for is the graph's own from here on."""
+        """In a graph, as the stack's pass begins: sizes, and what backward will ask for, are the graph's own from here on."""
+        beside = self.encoder_tokens or self.tokens
+        for runs, columns in zip(self._runs or (), (self.tokens, beside), strict=False):
+            # Of tensors, so that a graph is of any length. Of a copy that no one else has.
+            object.__setattr__(runs, "queries", self.tokens.document.shape[1])
+            object.__setattr__(runs, "keys", columns.document.shape[1])
+            object.__setattr__(runs, "positions", columns.document.shape[1])
         if not self._keys.is_cuda:
             return
         self._keys = held(self._keys)
@@ -130,7 +137,7 @@ class PreparedPass:
             if tokens is not None:
                 tokens.row_samples, tokens.row_positions = held(tokens.row_samples), held(tokens.row_positions)
         for runs in self._runs or ():
-            object.__setattr__(runs, "table", held(runs.table))  # of a copy that no one else has
+            object.__setattr__(runs, "table", held(runs.table))
 
     def counts(self, site: Site) -> bool:
         """Whether this is the forward pass itself and no replay."""
@@ -210,6 +217,24 @@ class PreparedPass:
                 site.count(depth, totals[slot, 0], totals[slot, 1])
                 site.calls += 1
         return totals
+
+
+CALLED: list[PreparedPass | None] = []
+"""By stack, the passes of the compiled model that is being called.
+
+A graph finds them here, not by way of the model: of what a module holds it would take the address for fixed, and the sizes.
+"""
+
+
+@contextmanager
+def called_with(passes: Sequence[PreparedPass | None]) -> Iterator[None]:
+    """A call of a compiled model that is to take its masks from ``passes``."""
+    before = list(CALLED)
+    CALLED[:] = passes
+    try:
+        yield
+    finally:
+        CALLED[:] = before
 
 
 def slots_of(sites: list[Site]) -> Slots:

@@ -20,7 +20,7 @@ from .implementation import Implementation
 from .inputs import check_told_apart, lets_documents_mix, real_tokens, stack_inputs
 from .interface import maskless_graphs
 from .passes import MaskRecorder, Pass, StackPass
-from .prepared import PreparedPass, slots_of
+from .prepared import CALLED, PreparedPass, called_with, slots_of
 from .sites import Site, Stack
 from .tokens import RowFacts, Tokens, from_packed, from_rows
 
@@ -85,7 +85,8 @@ class Session:
         self.head_receives: list[Tensor] | None = None
         """Where a vocabulary head leaves what it received instead of making logits of it."""
         self._running: list[Pass | None] = [None] * len(stacks)
-        self._prepared: list[PreparedPass | None] | None = None
+        self._prepared = False
+        """Whether the compiled model is being called, with passes that were laid out for it."""
         self._counters: dict[int, Tensor] = {}
         self.left: dict[int, Any] = {}
         """By stack, what the layers that both passes share made in the gradient pass."""
@@ -168,7 +169,7 @@ class Session:
 
     def prepared_pass(self, number: int) -> PreparedPass | None:
         """The pass that was laid out for the stack of this number before the model was called."""
-        return None if self._prepared is None else self._prepared[number]
+        return CALLED[number] if self._prepared else None
 
     def open(self, stack: Stack, number: int, stack_pass: Pass | None) -> None:
         """A stack's forward pass begins with ``stack_pass``, or as the stock model's."""
@@ -218,14 +219,15 @@ class Session:
                 "they are the same"
             )
         numbers = range(len(self.stacks))
-        self._prepared = [self._prepare(number, batch) if wanting[number] else None for number in numbers]
-        passes, failed = self._prepared, True
+        passes = [self._prepare(number, batch) if wanting[number] else None for number in numbers]
+        failed = True
         try:
-            with maskless_graphs(all(stack_pass.kernels for stack_pass in passes if stack_pass is not None)):
+            with called_with(passes), maskless_graphs(all(part.kernels for part in passes if part is not None)):
+                self._prepared = True
                 yield
             failed = False
         finally:
-            self._prepared = None
+            self._prepared = False
             for number, stack_pass in enumerate(passes):
                 if stack_pass is not None:
                     self._finish(number, stack_pass, failed)
