@@ -36,6 +36,8 @@ import torch
 
 SECTIONS = {"kernels": 0.30, "hidden": 0.33, "attention": 0.62, "steps": 0.80}
 """Sections, and after what part of the time no further part of one begins."""
+REHEARSAL = "rehearsal"
+"""All of them in one process, which takes long to begin."""
 BUILT = 0.5
 """After what part of the time that is left as it begins a section of models goes on with those that are built."""
 SECONDS = 590.0
@@ -63,7 +65,8 @@ def main() -> int:
     if options.part:
         section, start, every, until = options.part
         return work(section, int(start), int(every), float(until), options.dry_run)
-    return Run(options.out, options.dry_run, options.seconds, options.sections or ()).everything()
+    sections = options.sections or ([REHEARSAL] if options.dry_run else ())
+    return Run(options.out, options.dry_run, options.seconds, sections).everything()
 
 
 # -- one process ---------------------------------------------------------------------------------------------------
@@ -105,9 +108,9 @@ def _alive(device: str) -> None:
 
 def parts(section: str, device: str, place: dict[str, Any], dry: bool) -> list[Any]:
     """What a section consists of: functions that make rows."""
-    return {"kernels": _kernels, "hidden": _hidden, "attention": _attention, "steps": _steps}[section](
-        device, place, dry
-    )
+    makers = {"kernels": _kernels, "hidden": _hidden, "attention": _attention, "steps": _steps}
+    names = list(makers) if section == REHEARSAL else [section]
+    return [part for name in names for part in makers[name](device, place, dry)]
 
 
 def _kernels(device: str, place: dict[str, Any], dry: bool) -> list[Any]:
@@ -219,7 +222,7 @@ class Run:
         self.begun, self.clock = time.monotonic(), time.time()
         self.out.mkdir(parents=True, exist_ok=True)
         card = _slug("dry run" if self.dry else torch.cuda.get_device_name())
-        name = "_".join(["gpu", card, *self.sections])
+        name = "_".join(["gpu", card, *(section for section in self.sections if section != REHEARSAL)])
         self.text = self.out / f"{name}.md"
         with (self.out / f"{name}.jsonl").open("w", encoding="utf-8") as self.file:
             for section in self.sections or SECTIONS:
@@ -234,7 +237,7 @@ class Run:
         return 3 if self.left.total() else 0
 
     def _until(self, section: str) -> float:
-        return self.clock + SECTIONS[section] * self.seconds
+        return self.clock + SECTIONS.get(section, 1.0) * self.seconds
 
     def _section(self, section: str) -> None:
         many = max(1, min(CHECKERS, len(os.sched_getaffinity(0)) - 1))

@@ -139,7 +139,7 @@ def variants(config: hk.HiddenKeyConfig) -> int:
 
 @pytest.mark.parametrize(
     ("family", "preset"),
-    [("bert", "minus"), ("bert", "hiddenkey"), ("llama", "minus"), ("llama", "hiddenkey"), ("gpt2", "hiddenkey")],
+    [("bert", "hiddenkey"), ("llama", "hiddenkey"), ("gpt2", "minus")],
 )
 def test_presets(family: str, preset: str) -> None:
     pair = Pair(build(family), CONFIGS[preset])
@@ -148,9 +148,7 @@ def test_presets(family: str, preset: str) -> None:
     assert pair.counter.frame_count == variants(CONFIGS[preset])
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), [*((f, n) for f in ("bert", "llama") for n in ("structured", "element")), ("bert", "guided")]
-)
+@pytest.mark.parametrize(("family", "name"), [("llama", "structured"), ("bert", "element"), ("bert", "guided")])
 def test_other_patterns_and_positions(family: str, name: str) -> None:
     pair = Pair(build(family), CONFIGS[name])
     pair.check(family)
@@ -159,7 +157,7 @@ def test_other_patterns_and_positions(family: str, name: str) -> None:
 
 def test_an_encoder_decoder_and_a_shared_layer() -> None:
     # What all decoder layers read gets its gradients in another order: the last bit of a sum.
-    Pair(build("bart"), CONFIGS["minus"]).check("bart", steps=2, rtol=1e-5, atol=1e-7)
+    Pair(build("bart"), CONFIGS["minus"]).check("bart", steps=1, rtol=1e-5, atol=1e-7)
     Pair(build("albert"), CONFIGS["minus"]).check("albert", steps=1)
 
 
@@ -180,7 +178,7 @@ def test_the_second_pass_runs_dropping_layers_alone(family: str, sizes: tuple[in
     own = [layer.forward.__func__ for layer in layers_of(model)]
     recorder = EagerAndRecordGraphs()
     pair = Pair(model, config, backend=recorder)
-    pair.check(family, **({} if family == "llama" else {"rtol": 1e-5, "atol": 1e-7}))
+    pair.check(family, steps=2, **({} if family == "llama" else {"rtol": 1e-5, "atol": 1e-7}))
     assert tuple(linears(graph) for graph in recorder.graphs) == sizes
     pair.handle.detach()
     assert [layer.forward.__func__ for layer in layers_of(model)] == own
@@ -209,7 +207,7 @@ def test_what_a_graph_cannot_share_runs_again(why: str) -> None:
         checkpointed(model)
     config = hk.HiddenKeyConfig(layers=[3], consistency=hk.Consistency("js" if why == "js" else "kl"))
     # js: the stock model's attention sums in another order
-    Pair(model, config).check("llama", steps=2, **({} if why != "js" else {"rtol": 1e-4, "atol": 1e-6}))
+    Pair(model, config).check("llama", steps=1, **({} if why != "js" else {"rtol": 1e-4, "atol": 1e-6}))
     assert not any("forward" in vars(layer) for layer in layers_of(model))
 
 
@@ -218,11 +216,10 @@ def test_the_wrapper_of_torch_compile() -> None:
     pair.check("bert", steps=2)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_under_activation_checkpointing(family: str) -> None:
+def test_under_activation_checkpointing() -> None:
     """A graph replays by itself: the same masks, and nothing is counted twice."""
-    pair = Pair(checkpointed(build(family)), CONFIGS["element"])
-    pair.check(family)
+    pair = Pair(checkpointed(build("llama")), CONFIGS["element"])
+    pair.check("llama")
     assert pair.counter.frame_count == 1
 
 

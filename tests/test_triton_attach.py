@@ -18,6 +18,12 @@ def test_cases_in_the_interpreter() -> None:
     run_cases("triton_attach_cases.py")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_compiled_cases_in_the_interpreter() -> None:
+    run_cases("triton_compile_cases.py")
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
 def test_a_model_that_is_not_on_a_gpu_is_refused_untouched() -> None:
     model = families.build("llama")

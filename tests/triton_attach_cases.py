@@ -38,8 +38,6 @@ PATTERNS = {
 CASES = [
     ("bert", "hiddenkey", "right"),
     ("llama", "hiddenkey", "right"),
-    ("llama", "elements", "left"),
-    ("mistral", "hiddenkey", "left"),
     ("gpt2", "elements", "right"),
     ("bart", "elements", "right"),
     ("modernbert", "hiddenkey", "right"),

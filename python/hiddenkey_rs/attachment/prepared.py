@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from .tokens import Tokens
 
 
+GRAPHED = ("cuda",)
+"""Devices whose graphs are recorded and replayed."""
+
+
 @torch.library.custom_op("hiddenkey_rs::held", mutates_args=())
 def held(given: Tensor) -> Tensor:
     """A copy that belongs to the graph that makes it.
@@ -129,7 +133,7 @@ class PreparedPass:
             object.__setattr__(runs, "queries", self.tokens.document.shape[1])
             object.__setattr__(runs, "keys", columns.document.shape[1])
             object.__setattr__(runs, "positions", columns.document.shape[1])
-        if not self._keys.is_cuda:
+        if self._keys.device.type not in GRAPHED:
             return
         self._keys = held(self._keys)
         self._flags = [None if flags is None else held(flags) for flags in self._flags]

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 from ..experiments.extras import extra
 from ..experiments.models import quiet_libraries
@@ -160,14 +162,16 @@ def _model(sizes: Sizes, shape: Shape, threads: int, place: dict[str, Any], buil
     devices.say(f"step: {shape.label}, {threads} thread(s), comparing losses and gradients")
     right = step_checks.passing(runners, base, sizes.device)
     timed = {variant: runner for variant, runner in runners.items() if variant in right}
+    if sizes.device != "cpu":
+        for runner in timed.values():
+            runner.step()  # what a first step, or a graph's first runs, take
+        torch.cuda.empty_cache()  # for whoever shares the device
+    built()
     if sizes.memory and sizes.device != "cpu":
         measured = {variant for ours, peer, _ in _MEMORY for variant in (ours, peer)}
         peaks = step_memory.on_device({v: runner for v, runner in timed.items() if v in measured}, base)
     samples: dict[Variant, list[float]] = {}
     if sizes.times:
-        for runner in timed.values() if sizes.device != "cpu" else ():
-            runner.step()  # what a first step, or a graph's first runs, take
-        built()
         devices.say(f"step: {shape.label}, {threads} thread(s), {len(timed)} variants in turn")
         samples = _alternate(timed, sizes)
     if sizes.profile:
