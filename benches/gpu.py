@@ -360,10 +360,11 @@ def summary(
     versions = ", ".join(f"{name} {text}" for name, text in place["versions"].items())
     stated, wrong = [row for row in rows if row.goal is not None], [row for row in rows if not row.checked]
     checks = [row for row in rows if row.bench == "kernels"]
+    right = f"{sum(row.checked for row in checks)} of {len(checks)} kernel checks right; " if checks else ""
     parts = [
         f"# Figures on {place['versions'].get('gpu', 'a CPU (dry run)')}",
         f"`make gpu`, commit {place['commit']}, {time.strftime('%Y-%m-%d')}, {seconds:.0f} s. {versions}; {place['cpu']}.",
-        f"{sum(row.checked for row in checks)} of {len(checks)} kernel checks right; {len(wrong)} row(s) whose result was "
+        f"{right}{len(wrong)} row(s) whose result was "
         f"not found right; {sum(bool(row.met) for row in stated) - sum(bool(row.met) for row in checks)} of "
         f"{len(stated) - len(checks)} goals met.",
     ]
@@ -371,8 +372,9 @@ def summary(
         parts.append(f"Left out for lack of time: {', '.join(left)}.")
     if failed:
         parts.append("Could not be run:\n\n" + "\n".join(f"* {what}" for what in failed))
-    parts += ["## Kernels", _errors(checks)]
-    parts += ["## HiddenCut and the residual add", *_markdown([[r.cells() for r in rows if r.bench == "hidden"]])]
+    parts += ["## Kernels", _errors(checks)] if checks else []
+    hidden = [row.cells() for row in rows if row.bench == "hidden"]
+    parts += ["## HiddenCut and the residual add", *_markdown([hidden])] if hidden else []
     for bench in (attention, step):
         name = bench.__name__.rpartition(".")[2]
         mine = [row for row in rows if row.bench == name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -10,11 +12,14 @@ import torch
 from torch import nn
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
 from torch.fx import GraphModule
 
 import families
 import hiddenkey_rs as hk
 from hiddenkey_rs.attachment import prepared
+from hiddenkey_rs.attachment.checks import CompiledParts
+from hiddenkey_rs.transfer import to_device
 
 IDS = [5, 1 << 35, 7]
 
@@ -85,3 +90,69 @@ def test_backward_asks_for_nothing_that_the_step_brought(model: nn.Module) -> No
     model._compiled_call_impl = None
     torch._dynamo.reset()
     assert kept()  # on a CPU, which has none, nothing is copied
+
+
+def test_parts_that_are_compiled_later_are_found(model: nn.Module) -> None:
+    parts = CompiledParts()
+    assert not parts.anywhere(model)
+    layer = next(module for module in model.modules() if isinstance(module, nn.ModuleList))[1]
+    layer.compile(backend="eager")
+    assert parts.anywhere(model)
+    layer._compiled_call_impl = None
+    assert not parts.anywhere(model)
+    inner = next(iter(model.children()))
+    name = next(iter(model._modules))
+    setattr(model, name, torch.compile(inner, backend="eager"))
+    assert parts.anywhere(model)
+    setattr(model, name, inner)
+    assert not parts.anywhere(model)
+    other = nn.Sequential(model)
+    model.compile(backend="eager")
+    assert parts.anywhere(other)
+    known = weakref.ref(other)
+    del other
+    assert known() is None, "what asks keeps no model alive that it was asked about"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("preset", ["hiddenkey-minus", "hiddenkey"])
+def test_graphs_are_recorded_once(model: nn.Module, preset: str) -> None:
+    model.cuda()
+    twin = copy.deepcopy(model)
+    eager, handle = (hk.attach(each, preset, stock_dropout="off") for each in (twin, model))
+    model.compile(mode="reduce-overhead")
+    batches = [families.batch(model.config.model_type, seed=number) for number in range(8)]
+    recorded = []
+    record = CUDAGraphTreeManager.record_function
+    with patch.object(CUDAGraphTreeManager, "record_function", lambda *a: recorded.append(step) or record(*a)):
+        for step, batch in enumerate(batches):
+            losses = []
+            for each in (eager, handle):
+                with each.step(step, IDS):
+                    loss = each.loss(**{name: part.cuda() for name, part in batch.items()})
+                loss.backward()
+                losses.append(float(loss))
+                each.model.zero_grad()
+            assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert recorded
+    assert max(recorded) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_to_a_device_arrive_whole() -> None:
+    device = torch.device("cuda", 0)
+    busy = torch.randn(4096, 4096, device=device)
+    draw = torch.Generator().manual_seed(0)
+    sent = []
+    for number in range(40):
+        for _ in range(5):
+            busy = busy @ busy / 4096  # the device is behind, and copies wait
+        size = (10, 70_000, 300_001)[number % 3]
+        host = torch.randint(0, 2, (size,), generator=draw)
+        given = host.bool() if number % 2 else host
+        arrived = to_device(given, device)
+        sent.append((given.clone(), arrived))
+        given.zero_()
+    assert all(torch.equal(arrived.cpu(), expected) for expected, arrived in sent)
