@@ -25,6 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,9 @@ class Run:
         for worker in workers:
             if worker.ready:
                 worker.timing = True
-                worker.process.stdin.write("\n")
-                worker.process.stdin.flush()
+                with suppress(BrokenPipeError):  # it has ended; what it left unsaid is found out elsewhere
+                    worker.process.stdin.write("\n")
+                    worker.process.stdin.flush()
                 return
 
     def _goes_on(self, section: str, worker: Worker) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from typing import Any
 from unittest.mock import patch
@@ -90,6 +91,29 @@ def test_backward_asks_for_nothing_that_the_step_brought(model: nn.Module) -> No
     model._compiled_call_impl = None
     torch._dynamo.reset()
     assert kept()  # on a CPU, which has none, nothing is copied
+
+
+def test_one_thread_at_a_time_calls_a_compiled_model() -> None:
+    said: list[str] = []
+
+    def call() -> None:
+        try:
+            with prepared.called_with([None]):
+                pass
+        except hk.StateError as error:
+            said.append(str(error))
+
+    with prepared.called_with([None]):
+        with prepared.called_with([None, None]):  # a model inside another's call
+            assert len(prepared.CALLED) == 2
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    assert len(said) == 1
+    assert "another thread is calling a compiled model" in said[0]
+    call()
+    assert len(said) == 1
+    assert prepared.CALLED == []
 
 
 def test_parts_that_are_compiled_later_are_found(model: nn.Module) -> None:

@@ -355,6 +355,21 @@ def test_layouts_and_expanded_gradients() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("gather", [False, True])
+def test_tensors_that_come_back_in_another_layout(gather: bool) -> None:
+    # As from torch.autograd.graph.save_on_cpu(pin_memory=True), which keeps no strides.
+    inputs = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in tensors(2, 1, 6, 6, 2)]
+    documents = batch([(0, 6, 0)], [(1, 5, 0)], width=6).documents()
+    keep = torch.rand(2, 1, 6, generator=torch.Generator().manual_seed(0)) > 0.4
+    found = []
+    for pack in (lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, _ = triton_attention.attention(*inputs, documents, keep=keep, gather=gather)
+        found.append(torch.autograd.grad(out.square().sum(), inputs))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_as_a_torch_operator() -> None:
     q, k, v = tensors(2, 1, 6, 6, 1)
     table = batch([(0, 5, 0)], width=6).documents().table

@@ -46,6 +46,32 @@ def test_a_compiled_model_equals_the_eager_one(family: str) -> None:
     assert handle.realised() == eager.realised() != {}
 
 
+def test_a_decoder_that_is_given_tokens_alone() -> None:
+    torch._dynamo.reset()
+    model = families.build("llama", num_hidden_layers=2)
+    twin = copy.deepcopy(model)
+    eager, handle = (hk.attach(each, "hiddenkey-minus", stock_dropout="off", impl="triton") for each in (twin, model))
+    model.compile(fullgraph=True, backend="aot_eager")
+    ids = families.batch("llama", rows=1, length=5)["input_ids"]
+    losses = []
+    for each in (eager, handle):
+        with each.step(2, [7]):
+            losses.append(each.loss(input_ids=ids, labels=ids))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_rows_that_hold_a_documents_later_part_are_refused() -> None:
+    torch._dynamo.reset()
+    model = families.build("llama", num_hidden_layers=2)
+    handle = hk.attach(model, "hiddenkey-minus", stock_dropout="off", impl="triton")
+    model.compile(backend="aot_eager")
+    ids, mask = torch.randint(5, 40, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    places = torch.arange(6) + torch.tensor([[40], [0]])
+    refused = pytest.raises(hk.ConfigError, match=r"no later parts of documents .*impl='triton'")
+    with handle.step(0, [[3] * 6, [4] * 6], positions=places), refused:
+        handle.loss(input_ids=ids, labels=ids, attention_mask=mask)
+
+
 def test_packed_rows_are_refused_where_the_kernels_were_asked_for() -> None:
     torch._dynamo.reset()
     model = families.build("llama", num_hidden_layers=2)

@@ -9,6 +9,8 @@ import torch
 
 SMALL = 64 << 10
 """Bytes up to which the driver copies at once, whatever memory they lie in."""
+LARGE = 16 << 20
+"""Bytes beyond which page-locked memory is taken anew: what that costs is little then, and nothing is kept."""
 _SLOTS = 8
 _LEAST = 1 << 20
 
@@ -22,9 +24,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda":
         return tensor.to(device)
-    if tensor.nbytes <= SMALL or not tensor.is_contiguous():
+    if tensor.nbytes <= SMALL:
         return tensor.to(device, non_blocking=True)
-    return _staging(device).send(tensor)
+    if tensor.nbytes > LARGE or not tensor.is_contiguous():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _staging(torch.device("cuda", index)).send(tensor)
 
 
 class _Staging:

@@ -112,7 +112,7 @@ class CompiledParts:
         for module in found:
             found.extend(child for child in module._modules.values() if child is not None)
         self._model, self._modules = ref(model), found[1:]  # not the model itself: its own handle may hold this
-        self._held = [(module._modules, list(module._modules.values())) for module in found if module._modules]
+        self._held = [(module._modules, list(module._modules.values())) for module in found]
         # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
         self._wrapped = any("_orig_mod" in module._modules for module in found)
 

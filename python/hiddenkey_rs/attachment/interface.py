@@ -39,8 +39,9 @@ DEPTH_KEYWORD = "hiddenkey_depth"
 FORBIDDEN = -5e3
 """What an additive mask says at most of a pair that it forbids: older models write -1e4, in bfloat16 -9984."""
 
-MASKLESS_GRAPHS = False
-"""Whether the attention of the compiled model that is being called knows by itself what may attend to what."""
+MASKLESS_GRAPHS = UNPACKED_GRAPHS = False
+"""Whether the attention of the compiled model that is being called knows by itself what may attend to what; whether that
+model was given no positions, which might say that rows are packed."""
 IMPLEMENTATIONS: WeakValueDictionary[int, Implementation] = WeakValueDictionary()
 """``id(config)`` of an attached (sub)model -> what it computed attention with before. Lives as long as the hooks."""
 
@@ -52,14 +53,15 @@ def register() -> None:
 
 
 @contextmanager
-def maskless_graphs(maskless: bool) -> Iterator[None]:
+def maskless_graphs(maskless: bool, unpacked: bool) -> Iterator[None]:
     """A call of a compiled model: no mask of pairs is made in its graph, where that says no more than documents do."""
-    global MASKLESS_GRAPHS
-    before, MASKLESS_GRAPHS = MASKLESS_GRAPHS, maskless
+    global MASKLESS_GRAPHS, UNPACKED_GRAPHS
+    before = MASKLESS_GRAPHS, UNPACKED_GRAPHS
+    MASKLESS_GRAPHS, UNPACKED_GRAPHS = maskless, unpacked
     try:
         yield
     finally:
-        MASKLESS_GRAPHS = before
+        MASKLESS_GRAPHS, UNPACKED_GRAPHS = before
 
 
 def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +72,8 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     if implementation is not None and not implementation.active:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
     # transformers asks for vmap where a function of the caller's own had a part in the mask.
-    told = implementation is not None and implementation.packed and kwargs.get("use_vmap") is False
+    told = UNPACKED_GRAPHS if compiling else implementation is not None and implementation.packed
+    told = told and kwargs.get("use_vmap") is False
     maskless = MASKLESS_GRAPHS if compiling else implementation is not None and implementation.maskless
     if maskless and (told or _plain(**kwargs)):
         return None

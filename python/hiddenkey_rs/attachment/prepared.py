@@ -6,6 +6,7 @@ sites, all column and span masks, and every token's place are made first and are
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..errors import ConfigError, DataError, UnsupportedModelError
+from ..errors import ConfigError, DataError, StateError, UnsupportedModelError
 from ..masks import MaskKey
 from ..transfer import to_device
 from .sites import Site, SiteDrop
@@ -223,6 +224,7 @@ class PreparedPass:
         return totals
 
 
+_caller = 0
 CALLED: list[PreparedPass | None] = []
 """By stack, the passes of the compiled model that is being called.
 
@@ -233,8 +235,13 @@ A graph finds them here, not by way of the model: of what a module holds it woul
 @contextmanager
 def called_with(passes: Sequence[PreparedPass | None]) -> Iterator[None]:
     """A call of a compiled model that is to take its masks from ``passes``."""
-    before = list(CALLED)
-    CALLED[:] = passes
+    global _caller
+    before, thread = list(CALLED), threading.get_ident()
+    if before and _caller != thread:
+        raise StateError(
+            f"another thread is calling a compiled model (got threads {_caller} and {thread}); call one at a time"
+        )
+    CALLED[:], _caller = passes, thread
     try:
         yield
     finally:
@@ -303,6 +310,13 @@ def _all_runs(stack_pass: StackPass) -> tuple[Documents, ...] | None:
             return None
         raise
     queries = tokens.document.shape[1]
+    if any(runs.positions > columns.document.shape[1] for runs, columns in sides):
+        if stack_pass.impl == "auto":
+            return None
+        raise ConfigError(
+            "Triton's kernels take no later parts of documents in a compiled model (got impl='triton' and positions); use "
+            "impl='auto'"
+        )
     return tuple(
         replace(runs, queries=queries, keys=columns.document.shape[1], positions=columns.document.shape[1])
         for runs, columns in sides

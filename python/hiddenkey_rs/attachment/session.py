@@ -222,7 +222,8 @@ class Session:
         passes = [self._prepare(number, batch) if wanting[number] else None for number in numbers]
         failed = True
         try:
-            with called_with(passes), maskless_graphs(all(part.kernels for part in passes if part is not None)):
+            maskless = all(part.kernels for part in passes if part is not None)
+            with called_with(passes), maskless_graphs(maskless, batch.get("position_ids") is None):
                 self._prepared = True
                 yield
             failed = False

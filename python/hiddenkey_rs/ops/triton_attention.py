@@ -379,6 +379,8 @@ def _run_backward(
     lists: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    if out.stride() != ready.out_strides:
+        out = torch.empty_strided(ready.out_shape, ready.out_strides, dtype=out.dtype, device=out.device).copy_(out)
     if lists is None and ready.gathers and mask.keep is not None:
         lists = triton_gather.kept_lists(mask.table, mask.keep, ready.how.cross)
     full = ready.how.full
@@ -463,11 +465,18 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, ready: Geometry, counts: Tensor
     ) -> Tensor:
         out, *sums = _run_forward(ready, query, key, value, mask, counts)
-        ctx.mask, ctx.ready = mask, ready
-        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.ready = ready
+        ctx.save_for_backward(query, key, value, out, *sums, *mask)
         return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        return *_run_backward(ctx.ready, ctx.mask, gradient, *ctx.saved_tensors), None, None, None
+        *states, table, keys, keep = ctx.saved_tensors
+        query, key, value, *_ = states
+        mask, ready = Mask(table, keys, keep), ctx.ready
+        if not ready.fits(query, key, value):  # whoever saves tensors elsewhere may hand them back in another layout
+            query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
+            mask = mask.contiguous()
+            ready = geometry(query, key, value, mask, ready.how)
+        return *_run_backward(ready, mask, gradient, query, key, value, *states[3:]), None, None, None

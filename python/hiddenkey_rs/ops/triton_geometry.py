@@ -84,6 +84,12 @@ class Geometry:
         )
         self._backward: dict[tuple[int, ...], tuple[Launch, Launch]] = {}
 
+    def fits(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether tensors lie in memory as those did that this was made of."""
+        given = (query, key, value)
+        strides = tuple(stride for rows in given for stride in rows.stride()[:3])
+        return strides == self._strides and all(rows.stride(3) == 1 for rows in given)
+
     def backward(self, gradient: Tensor) -> tuple[Launch, Launch]:
         """The kernels of the queries' gradient and of the keys', for an output's gradient of these strides."""
         given = gradient.stride()
