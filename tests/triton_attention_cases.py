@@ -164,8 +164,7 @@ def test_extreme_rates(pattern: str, position: str, threshold: int) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "position"), KINDS)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [1, 3, 130])
+@pytest.mark.parametrize(("window", "causal"), [(1, False), (3, True), (3, False), (130, True)])
 def test_windows(window: int, causal: bool, pattern: str, position: str) -> None:
     seen = {"window": window, "causal": causal}
     compare(batch([(0, 140, 0)], [(3, 20, 120)], width=140), pattern=pattern, position=position, many=(1, 1), **seen)
@@ -178,14 +177,12 @@ def test_the_last_key_of_a_tile(pattern: str, position: str) -> None:
 
 
 @pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("column", "dropattention")])
-@pytest.mark.parametrize(
-    ("many", "heads"), [((4, 2), "group"), ((4, 2), "query"), ((4, 1), "group"), ((4, 1), "query"), ((3, 3), "group")]
-)
+@pytest.mark.parametrize(("many", "heads"), [((4, 2), "group"), ((4, 2), "query"), ((4, 1), "group")])
 def test_grouped_heads(heads: str, many: tuple[int, int], pattern: str, position: str) -> None:
     compare(BATCHES["tiny split"], heads=heads, many=many, pattern=pattern, position=position)
 
 
-@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("element", "dropkey"), ("span", "dropattention")])
+@pytest.mark.parametrize(("pattern", "position"), [*KINDS, ("span", "dropattention")])
 @pytest.mark.parametrize("heads", ["group", "query"])
 def test_cross_attention(heads: str, pattern: str, position: str) -> None:
     decoder, encoder = batch([(0, 3, 0)], [(1, 9, 0)], width=10), batch([(0, 129, 0)], [(5, 2, 0)], width=130)

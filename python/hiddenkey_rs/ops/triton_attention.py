@@ -111,10 +111,11 @@ def attention(
         rows if not rows.dim() or rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value)
     )
     table = documents.table
+    asked = (
+        query, key, value, documents, keys, threshold, keep, position, heads, causal, window, scaling, gather, rate
+    )  # fmt: skip
     if not unwatched(query):
-        how = _settle(
-            query, key, value, documents, keys, threshold, keep, position, heads, causal, window, scaling, gather, rate
-        )
+        how = _settle(*asked)
         outputs = attention_forward(
             query, key, value, table, keys if how.threshold else None, keep, *how, count is not False
         )
@@ -129,9 +130,7 @@ def attention(
     )  # fmt: skip
     settled: Geometry | None = _SETTLED.get(place)
     if settled is None:
-        how = _settle(
-            query, key, value, documents, keys, threshold, keep, position, heads, causal, window, scaling, gather, rate
-        )
+        how = _settle(*asked)
         mask = Mask(table, keys if how.threshold else None, keep)
         settled = _SETTLED.keep(place, geometry(query, key, value, mask, how, count is not False))
     counts = count if isinstance(count, Tensor) else query.new_zeros((), dtype=torch.int64)
