@@ -96,7 +96,7 @@ class CompiledParts:
     """:func:`on_compiled` for who asks in every step: a walk through all modules costs as much as one of a model's layers."""
 
     def __init__(self) -> None:
-        self._model: Callable[[], nn.Module | None] = _nobody
+        self._model: Callable[[], nn.Module | None] = lambda: None
         self._modules: list[nn.Module] = []
         self._held: list[tuple[Mapping[str, Any], list[Any]]] = []
         self._wrapped = False
@@ -115,10 +115,6 @@ class CompiledParts:
         self._held = [(module._modules, list(module._modules.values())) for module in found]
         # What torch.compile returns keeps the module under this name; nn.Module.compile works in place.
         self._wrapped = any("_orig_mod" in module._modules for module in found)
-
-
-def _nobody() -> None:
-    """Before the first model."""
 
 
 def check_model(base: transformers.PreTrainedModel) -> None:

@@ -71,11 +71,13 @@ def hiddenkey_mask(*args: Any, **kwargs: Any) -> Any:
     implementation = None if compiling else IMPLEMENTATIONS.get(id(kwargs.get("config")))
     if implementation is not None and not implementation.active:
         return ALL_MASK_ATTENTION_FUNCTIONS[implementation.original](*args, **kwargs)
+    if compiling:
+        maskless, told = MASKLESS_GRAPHS, UNPACKED_GRAPHS
+    else:
+        maskless = implementation is not None and implementation.maskless
+        told = implementation is not None and implementation.packed
     # transformers asks for vmap where a function of the caller's own had a part in the mask.
-    told = UNPACKED_GRAPHS if compiling else implementation is not None and implementation.packed
-    told = told and kwargs.get("use_vmap") is False
-    maskless = MASKLESS_GRAPHS if compiling else implementation is not None and implementation.maskless
-    if maskless and (told or _plain(**kwargs)):
+    if maskless and ((told and kwargs.get("use_vmap") is False) or _plain(**kwargs)):
         return None
     padding = _padding_mask(**kwargs)
     if padding is not None:

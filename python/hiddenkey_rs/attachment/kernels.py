@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from .. import ops
 from ..config import HiddenKeyConfig
 from ..errors import ConfigError
-from ..ops import triton_gather
 from .passes import Pass, StackPass, check_extent
 
 if TYPE_CHECKING:
@@ -91,11 +90,7 @@ def attend(
         if drop.pattern == "element":
             settings |= {"keys": stack_pass.keys(site, depth), "threshold": drop.threshold}
         else:
-            keep = stack_pass.columns(site, drop, depth, heads)
-            settings |= {"keep": keep, "rate": drop.realised}
-            if not isinstance(stack_pass, StackPass):  # a graph is of any length: it may not choose by that
-                obstacle = triton_gather.obstacle(keep, drop.position, site.crosses, causal, width)
-                settings["gather"] = obstacle is None
+            settings |= {"keep": stack_pass.columns(site, drop, depth, heads), "rate": drop.realised}
     output, kept = ops.triton_attention.attention(query, key, value, documents, **settings)
     if counted:
         stack_pass.count(site, depth, kept, query.shape[1] * stack_pass.allowed_pairs(site, causal, width))

@@ -141,7 +141,7 @@ class StackPass:
 
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask over the batch, bool (B, heads, L); False at padding."""
-        return self.column_tokens(site).lay(_planned(self, site, drop, depth, heads)[:, :, 0])
+        return self.column_tokens(site).lay(self.columns(site, drop, depth, heads))
 
     def columns(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask in the documents' own coordinates, bool (documents, heads, columns)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -113,7 +113,8 @@ class PreparedPass:
         self._runs = _all_runs(stack_pass)
         self.kernels = self._runs is not None
         """As :attr:`.StackPass.kernels`."""
-        self._flags = [_flags(plan, runs) for plan, runs in zip((own, cross), self._runs or (), strict=False)]
+        widths = [tokens.document.shape[1] for tokens in (self.tokens, self.encoder_tokens) if tokens is not None]
+        self._flags = [_flags(*side) for side in zip((own, cross), self._runs or (), widths, strict=False)]
         self._keys, self._words = _keys(stack_pass, slots, sites)
         self._extents = (
             _extent(stack_pass.tokens, stack_pass.tokens),
@@ -130,7 +131,7 @@ class PreparedPass:
         """In a graph, as the stack's pass begins: sizes, and what backward will ask for, are the graph's own from here on."""
         beside = self.encoder_tokens or self.tokens
         for runs, columns in zip(self._runs or (), (self.tokens, beside), strict=False):
-            # Of tensors, so that a graph is of any length. Of a copy that no one else has.
+            # Of tensors, so that a graph is of any length. The documents are this pass's own.
             object.__setattr__(runs, "queries", self.tokens.document.shape[1])
             object.__setattr__(runs, "keys", columns.document.shape[1])
             object.__setattr__(runs, "positions", columns.document.shape[1])
@@ -166,8 +167,7 @@ class PreparedPass:
 
     def laid(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask over the batch."""
-        first, planned = self._heads[site.site, depth]
-        check_heads(heads, planned)
+        first = self._first(site, depth, heads)
         laid = self._planned[site.side]
         assert laid is not None  # as something was planned there
         return laid[first : first + heads].transpose(0, 1)
@@ -179,12 +179,17 @@ class PreparedPass:
 
     def columns(self, site: Site, drop: SiteDrop, depth: int, heads: int) -> Tensor:
         """A column or span mask in the documents' own coordinates."""
-        first, planned = self._heads[site.site, depth]
-        check_heads(heads, planned)
+        first = self._first(site, depth, heads)
         flags = self._flags[site.side]
         assert flags is not None  # as something was planned there
         many = len(self.tokens.sample_ids)
         return flags[first * many : (first + heads) * many].view(many, heads, flags.shape[1])
+
+    def _first(self, site: Site, depth: int, heads: int) -> int:
+        """Where a planned mask's heads begin among those of its plan."""
+        first, planned = self._heads[site.site, depth]
+        check_heads(heads, planned)
+        return first
 
     def allowed_pairs(self, site: Site, causal: bool, window: int | None) -> Tensor:
         """How many pairs the mask allows, for one head."""
@@ -292,43 +297,40 @@ def _lay_all(plan: StepPlan, tokens: Tokens) -> Tensor | None:
     return torch.cat(laid)
 
 
-def _all_runs(stack_pass: StackPass) -> tuple[Documents, ...] | None:
+def _all_runs(stack_pass: StackPass) -> list[Documents] | None:
     """The documents that kernels would walk over, of both sides of :class:`.Site`; ``None`` where they are not to."""
-    tokens, encoder = stack_pass.tokens, stack_pass.encoder_tokens
     if not stack_pass.kernels:
         return None
-    if tokens.packed:  # of which every batch has another number of documents
-        if stack_pass.impl == "auto":
-            return None
+    try:
+        return _runs_of_rows(stack_pass)
+    except ConfigError:
+        if stack_pass.impl != "auto":
+            raise
+        return None
+
+
+def _runs_of_rows(stack_pass: StackPass) -> list[Documents]:
+    """:func:`_all_runs`, or a :class:`ConfigError` if a graph's tensors cannot say which they are."""
+    if stack_pass.tokens.packed:  # of which every batch has another number of documents
         raise ConfigError(
             "Triton's kernels take no packed rows in a compiled model (got impl='triton'); use impl='auto'"
         )
-    try:
-        sides = [(stack_pass.runs(0), tokens)] + ([] if encoder is None else [(stack_pass.runs(1), encoder)])
-    except ConfigError:
-        if stack_pass.impl == "auto":
-            return None
-        raise
-    queries = tokens.document.shape[1]
-    if any(runs.positions > columns.document.shape[1] for runs, columns in sides):
-        if stack_pass.impl == "auto":
-            return None
+    sides = [side for side in (stack_pass.tokens, stack_pass.encoder_tokens) if side is not None]
+    found = [stack_pass.runs(number) for number in range(len(sides))]
+    if any(runs.positions > columns.document.shape[1] for runs, columns in zip(found, sides, strict=True)):
         raise ConfigError(
             "Triton's kernels take no later parts of documents in a compiled model (got impl='triton' and positions); use "
             "impl='auto'"
         )
-    return tuple(
-        replace(runs, queries=queries, keys=columns.document.shape[1], positions=columns.document.shape[1])
-        for runs, columns in sides
-    )
+    return found
 
 
-def _flags(plan: StepPlan, runs: Documents) -> Tensor | None:
+def _flags(plan: StepPlan, runs: Documents, columns: int) -> Tensor | None:
     """Every mask of a plan by document and position, bool (heads of all entries * documents, columns)."""
     if not plan.entries:
         return None
     drawn = plan.all_to_torch(runs.table.device).values()
-    return F.pad(torch.cat([keep.flatten(0, 2) for keep in drawn]), (0, runs.positions - plan.columns))
+    return F.pad(torch.cat([keep.flatten(0, 2) for keep in drawn]), (0, columns - plan.columns))
 
 
 def _first_heads(plan: StepPlan) -> dict[tuple[str, int], tuple[int, int]]:

@@ -92,7 +92,7 @@ def attention(
         scaling: default 1 / sqrt(D).
         count: count the kept pairs, after the rescue; a zero, int64 () on the queries' device, to have it counted in there.
         gather: visit kept keys alone (column and span DropKey), or every key; ``None``: alone where that is possible and
-            :func:`.triton_gather.worth_gathering`.
+            :func:`.triton_gather.worth_gathering` (in a graph of torch.compile: where that is possible).
         rate: behind ``keep``, the probability of dropping; for that choice alone.
 
     Returns:
@@ -170,8 +170,9 @@ def _settle(
     reason = triton_gather.obstacle(keep, position, documents.cross, causal, window)
     if gather and reason is not None:
         raise ConfigError(f"kept keys cannot be visited alone: {reason} (got gather=True); leave it out")
-    if gather is None:
-        gather = reason is None and triton_gather.worth_gathering(documents.keys, rate, causal, window)
+    if gather is None:  # a graph is of any length: it may not choose by that
+        worth = torch.compiler.is_compiling() or triton_gather.worth_gathering(documents.keys, rate, causal, window)
+        gather = reason is None and worth
     drawn = 0 if keys is None else threshold
     return How(
         most_queries=documents.queries,

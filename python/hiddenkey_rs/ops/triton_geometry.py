@@ -71,10 +71,11 @@ class Geometry:
         self.written = how.full and not (self.gathers and how.cross)
         # A list is one query head's or one key/value head's. The former's gradients of keys are added up afterwards.
         self.apart = self.gathers and how.mask_heads != key.shape[1]
-        batch, heads, length, _ = query.shape
-        size = value.shape[3]
-        self.out_shape = (batch, heads, length, size)
-        self.out_strides = (length * heads * size, size, heads * size, 1)
+        batch, groups = key.shape[0], how.mask_heads if self.apart else key.shape[1]
+        self.key_rows, self.value_rows = ((batch, groups, *rows.shape[2:]) for rows in (key, value))
+        """The shapes in which gradients of keys and values are written."""
+        self.out_shape = (*query.shape[:3], value.shape[3])
+        self.out_strides = inside(self.out_shape)
         self.forward = self._launch(
             "forward",
             kernels("attention_forward").forward_kernel,
@@ -111,16 +112,6 @@ class Geometry:
                 ),
             )
         return self._backward[given]
-
-    @property
-    def key_rows(self) -> tuple[int, ...]:
-        """The shape in which gradients of keys are written."""
-        return (self.keys[0], self.how.mask_heads if self.apart else self.keys[1], *self.keys[2:])
-
-    @property
-    def value_rows(self) -> tuple[int, ...]:
-        """The shape in which gradients of values are written."""
-        return (self.values[0], self.how.mask_heads if self.apart else self.values[1], *self.values[2:])
 
     def _launch(
         self,

@@ -191,6 +191,8 @@ def precision(states: Tensor) -> str:
     """How float32 is multiplied; other dtypes do not read it."""
     if states.device.type == "cpu":
         return "interpreter"
+    if states.dtype != torch.float32:
+        return "tf32x3"
     backend = torch.backends.cuda.matmul
     setting = getattr(backend, "fp32_precision", None)  # torch >= 2.9
     fast = backend.allow_tf32 if setting is None else setting == "tf32"
